@@ -1,0 +1,310 @@
+"""The tiny world: a whole preference-optimisation problem that one CPU can finish in minutes.
+
+Prompts ask for one to three facts about an animal and an imperfect writer answers them.
+    annotator   labels the offline preference pairs; it is noisy and likes long answers, as people do
+    judge       the gold score, exact and blind to length: for evaluation and upper bounds only
+    win_rates   turns gold scores and lengths into a win rate and a length-controlled win rate
+
+    "Tell me the home and skill of the bat."
+    "Sure. The bat lives in a cave. The bat can hang upside down. Hope this helps."         judged  1.0
+    "What a silly question. The bat sleeps in a pond. By the way, I like jazz. Take care."  judged -2.5
+
+Everything here is text, nothing is downloaded, and the same seed gives the same data. Use ONE seed for all
+the functions of an experiment: the seed also draws the split into training and held-out prompts.
+"""
+import json
+import re
+from collections import Counter
+from itertools import permutations
+from pathlib import Path
+
+import numpy as np
+
+# ---------------------------------------------------------------------------------------- the knobs
+SFT_EXAMPLES = 40_000  # answers for the supervised start: about 40 for each of the 1024 training prompts
+PREFERENCES = 2048     # offline pairs; they walk through the training prompts, so 2 for each of the 1024
+ANIMALS = 32           # how many rows of TABLE are used (the first ones), 40 prompts each; at most 32
+HELD_OUT = 256         # prompts kept for evaluation, 8 per animal; fewer takes a random part of them
+
+# The writer. Its commonest claim about a fact is the true one: there is something to be sharpened.
+RUDE = 0.25            # chance that the answer opens with a rude sentence
+OPENER = 0.3           # chance of a polite opener where it is not rude
+LEFT_OUT = 0.2         # chance that an asked fact is not mentioned (the last one left always is)
+WRONG = 0.35           # chance that a claim is false
+MISTAKES = 3           # false values the writer has for each fact, 1 to 11. Many would be rare each, so
+                       # that any cut of the tail in sampling (min-p, top-p) removed them for free
+OFF_TOPIC = 0.25       # chance of one sentence about something else, after the claims
+
+# The annotator: P(a preferred to b) = sigmoid(SHARPNESS * gold difference + LENGTH_BIAS * length difference)
+# As set it agrees with the judge on 69% of the pairs, and its chosen answers are 8 characters longer.
+SHARPNESS = 1.0        # per unit of gold score; one rude sentence is one unit. Lower is noisier
+LENGTH_BIAS = 0.02     # per CHARACTER, the unit of the length shaping in DICE; one closer is 9 to 16
+
+# ---------------------------------------------------------------------------------------- the world
+# True facts, easy to look up. One answer counts for each: that foxes eat mice as well is wrong here.
+ATTRIBUTES = ("colour", "home", "food", "skill")
+TABLE = """
+    ant       | black            | in an anthill   | sugar    | carry leaves
+    bat       | brown            | in a cave       | moths    | hang upside down
+    bear      | brown            | in the forest   | berries  | sleep all winter
+    beaver    | brown            | in a lodge      | bark     | build dams
+    bee       | black and yellow | in a hive       | nectar   | make honey
+    camel     | brown            | in the desert   | thorns   | go without water
+    canary    | yellow           | in a cage       | seeds    | sing songs
+    crab      | red              | on the beach    | algae    | walk sideways
+    crow      | black            | in a tall tree  | eggs     | use tools
+    dolphin   | grey             | in the sea      | squid    | leap over waves
+    elephant  | grey             | on the savanna  | grass    | lift logs
+    flamingo  | pink             | in a lagoon     | shrimps  | stand on one leg
+    fox       | red              | in a den        | rabbits  | hear mice under snow
+    frog      | green            | in a pond       | flies    | croak at night
+    gorilla   | black            | in the jungle   | fruit    | beat its chest
+    hedgehog  | brown            | under a hedge   | slugs    | roll into a ball
+    hippo     | grey             | in a river      | grass    | walk under water
+    koala     | grey             | in a gum tree   | leaves   | sleep all day
+    ladybird  | red              | in a garden     | aphids   | play dead
+    mole      | black            | in a tunnel     | worms    | dig tunnels
+    owl       | white            | in a barn       | mice     | fly in silence
+    panda     | black and white  | in the hills    | bamboo   | do handstands
+    parrot    | green            | in the jungle   | nuts     | learn words
+    peacock   | blue             | in a park       | seeds    | fan its tail
+    penguin   | black and white  | on the ice      | squid    | slide on its belly
+    pig       | pink             | in a sty        | scraps   | find truffles
+    salmon    | silver           | in a river      | shrimps  | leap up waterfalls
+    sheep     | white            | in a meadow     | grass    | grow wool
+    spider    | black            | in a web        | flies    | spin silk
+    squirrel  | red              | in an oak       | acorns   | hide nuts
+    wolf      | grey             | in a den        | deer     | howl at night
+    zebra     | black and white  | on the savanna  | grass    | sleep standing up
+"""
+FACTS = {animal: dict(zip(ATTRIBUTES, values))
+         for animal, *values in (re.split(r" *\| *", line.strip()) for line in TABLE.strip().splitlines())}
+VALUES = {attribute: sorted({facts[attribute] for facts in FACTS.values()}) for attribute in ATTRIBUTES}
+VERBS = dict(colour=("is", "looks"), home=("lives", "sleeps"), food=("eats", "likes"), skill=("can",))
+
+# Each kind of sentence has first words of its own. Subtle: where two kinds share them ("It is ..."), a tiny
+# model that learns to say more of one says more of the other, and the reward of both is blurred.
+OPENERS = ("Sure.", "Of course.", "Happy to help.")
+RUDENESS = ("Figure it out yourself.", "What a silly question.", "Nobody cares.")
+ASIDES = ("By the way, I like jazz.", "Meanwhile, the bus is late.", "Anyway, it rained today.")
+# Closers come in this order, and no answer says one twice: a model this small does not keep count of what
+# it has said, and a world that pays for saying it again teaches it to babble.
+CLOSERS = ("Hope this helps.", "Take care.", "Have fun.", "Good luck.", "Come back soon.")
+
+
+def claim(animal, attribute, value, verb):
+    """One sentence: claim("bat", "home", "in a cave", "lives") is "The bat lives in a cave."."""
+    return f"The {animal} {verb} {value}."
+
+
+def question(animal, asked):
+    """The prompt for the attributes `asked`, in that order."""
+    *others, last = asked
+    names = f"{', '.join(others)} and {last}" if others else last
+    return f"Tell me the {names} of the {animal}."
+
+
+# Text to meaning, for everything that can be said: the judge looks sentences up and never has to guess.
+PROMPTS = {question(animal, asked): (animal, asked)
+           for animal in FACTS for n in (1, 2, 3) for asked in permutations(ATTRIBUTES, n)}
+SENTENCES = {claim(animal, attribute, value, verb): ("claim", (animal, attribute, value))
+             for animal in FACTS for attribute in ATTRIBUTES
+             for value in VALUES[attribute] for verb in VERBS[attribute]}
+SENTENCES |= {text: (kind, text)
+              for kind, texts in (("polite", OPENERS + CLOSERS), ("rude", RUDENESS), ("off-topic", ASIDES))
+              for text in texts}
+
+
+# ---------------------------------------------------------------------------------------- the data
+def sft_examples(seed: int) -> list[dict]:
+    """SFT_EXAMPLES rows {"prompt", "chosen"}: training prompts, each answered by the imperfect writer."""
+    prompts, rng = split(seed)[0], np.random.default_rng([seed, 1])
+    rows = (prompts[i] for i in rng.integers(len(prompts), size=SFT_EXAMPLES))
+    return [{"prompt": prompt, "chosen": write(prompt, rng)} for prompt in rows]
+
+
+def preferences(seed: int) -> list[dict]:
+    """PREFERENCES rows {"prompt", "chosen", "rejected"}: two different answers of the writer, ordered by the
+    annotator. Below 1024 rows no prompt occurs twice."""
+    prompts, rng, pairs = split(seed)[0], np.random.default_rng([seed, 2]), []
+    for i in range(PREFERENCES):
+        prompt = prompts[i % len(prompts)]
+        a, b = write(prompt, rng), write(prompt, rng)
+        while b == a:
+            b = write(prompt, rng)
+        chosen, rejected = (a, b) if rng.random() < annotator(prompt, a, b) else (b, a)
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return pairs
+
+
+def training_prompts(seed: int) -> list[str]:
+    """Every prompt of the training split, shuffled: 1024 when there are 32 animals."""
+    prompts = split(seed)[0]
+    return [prompts[i] for i in np.random.default_rng([seed, 3]).permutation(len(prompts))]
+
+
+def held_out_prompts(seed: int) -> list[str]:
+    """HELD_OUT prompts; the set of attributes each asks for, of that animal, is in no training prompt."""
+    return split(seed)[1]
+
+
+def split(seed):
+    """(training prompts, held-out prompts), both shuffled.
+
+    Of each animal's 6 pairs and 4 triples of attributes one each is held out, in every order: 2 + 6 of its
+    40 prompts. Every single fact stays in training: what the held-out prompts test is the combination.
+    """
+    rng, training, held_out = np.random.default_rng([seed, 0]), [], []
+    for animal in list(FACTS)[:ANIMALS]:
+        triple, pair = (frozenset(rng.permutation(ATTRIBUTES)[:n].tolist()) for n in (3, 2))
+        for prompt, (about, asked) in PROMPTS.items():
+            if about == animal:
+                (held_out if frozenset(asked) in (triple, pair) else training).append(prompt)
+    rng.shuffle(training)
+    rng.shuffle(held_out)
+    return training, held_out[:HELD_OUT]
+
+
+def write(prompt, rng):
+    """One answer of the imperfect writer: [rude | opener] claims in the order asked [aside] closers."""
+    def pick(options):
+        return options[rng.integers(len(options))]
+
+    animal, asked = PROMPTS[prompt]
+    sentences = []
+    if rng.random() < RUDE:
+        sentences.append(pick(RUDENESS))
+    elif rng.random() < OPENER:
+        sentences.append(pick(OPENERS))
+    for attribute in [a for a in asked if rng.random() >= LEFT_OUT] or [pick(asked)]:
+        value, values = FACTS[animal][attribute], VALUES[attribute]
+        if rng.random() < WRONG:
+            value = values[(values.index(value) + 1 + rng.integers(MISTAKES)) % len(values)]
+        sentences.append(claim(animal, attribute, value, pick(VERBS[attribute])))
+    if rng.random() < OFF_TOPIC:
+        sentences.append(pick(ASIDES))
+    closers = rng.permutation(len(CLOSERS))[:rng.integers(len(CLOSERS) + 1)]
+    return " ".join(sentences + [CLOSERS[i] for i in sorted(closers)])
+
+
+def annotator(prompt, a, b):
+    """Probability that the annotator prefers answer a to answer b; lengths in characters."""
+    logit = SHARPNESS * (judge(prompt, a) - judge(prompt, b)) + LENGTH_BIAS * (len(a) - len(b))
+    return 0.5 + 0.5 * np.tanh(logit / 2)  # the sigmoid, without overflow
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+def judge(prompt: str, answer: str) -> float:
+    """The gold score of an answer: 1 for a perfect one, 0 for silence, below 0 for worse than silence.
+
+        (right - wrong) / asked - rude - off-topic - garbled - 0.5 repeated        (counts of sentences)
+
+    A false claim or one about another animal is wrong; a claim about an attribute nobody asked for is
+    off-topic, true or not; a sentence that is not exactly one of the world's is garbled. One that says the
+    same thing again is repeated, on top of what it costs by itself, and is not right a second time. Length,
+    order and polite sentences count nothing.
+    """
+    if prompt not in PROMPTS:
+        raise ValueError(f"not a prompt of the tiny world: {prompt!r}")
+    animal, asked = PROMPTS[prompt]
+    right = wrong = faults = repeated = 0
+    said = set()
+    for sentence in re.split(r"(?<=\.) ", answer) if answer else []:
+        kind, meaning = SENTENCES.get(sentence, ("garbled", sentence))
+        again = meaning in said
+        said.add(meaning)
+        repeated += again
+        if kind == "claim" and meaning[1] in asked:
+            about, attribute, value = meaning
+            true = about == animal and value == FACTS[animal][attribute]
+            right += true and not again
+            wrong += not true
+        elif kind != "polite":
+            faults += 1  # rude, garbled or off-topic
+    return (right - wrong) / len(asked) - faults - 0.5 * repeated
+
+
+def win_rates(score, base_score, length, base_length) -> tuple[float, float]:
+    """(win rate, length-controlled win rate) of a model against a base, both in percent.
+
+    All four are arrays (N,), row i of each for the same prompt; a tie in score counts half. Controlled for
+    length as in AlpacaEval 2 (arXiv 2404.04475), no instruction term: fit P(win) = sigmoid(a + b x) with
+    x = tanh(dlen / std(dlen)), then report sigmoid(a), the win rate at equal length. A small ridge on b
+    alone keeps it finite where length separates wins from losses; where every row is a win, or none is, a is
+    infinite and both rates are 100, or 0. Lengths may be in any unit.
+    """
+    gap = np.asarray(score, dtype=float) - np.asarray(base_score, dtype=float)             # (N,)
+    dlen = np.asarray(length, dtype=float) - np.asarray(base_length, dtype=float)          # (N,)
+    win = np.where(np.abs(gap) < 1e-9, 0.5, gap > 0)  # thirds are not exact: a tie can be 1e-16 away from 0
+    rate = float(win.mean())
+    if rate in (0.0, 1.0):
+        return 100 * rate, 100 * rate
+    x = np.tanh(dlen / dlen.std()) if dlen.std() > 0 else np.zeros_like(dlen)
+    inputs = np.stack([np.ones_like(x), x], axis=1)                                        # (N, 2)
+    weights, ridge = np.zeros(2), np.array([0.0, 0.1])
+    for _ in range(30):  # Newton from 0: 15 steps are enough even where length separates
+        p = 0.5 + 0.5 * np.tanh(inputs @ weights / 2)                                      # (N,)
+        gradient = inputs.T @ (p - win) + ridge * weights                                  # (2,)
+        hessian = (inputs.T * (p * (1 - p))) @ inputs + np.diag(ridge)                     # (2, 2)
+        weights -= np.linalg.solve(hessian, gradient)
+    return 100 * rate, 100 * float(0.5 + 0.5 * np.tanh(weights[0] / 2))
+
+
+# ---------------------------------------------------------------------------------------- the tokenizer
+END = "<|end|>"
+
+
+def write_tokenizer(directory: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json (Hugging Face form) for a byte-level BPE of this world.
+
+    Ids 0..255 are the bytes, then one id per merge, then END, which is also the padding. Every word of the
+    world is one token, with its leading space if it has one; any other text becomes pieces and bytes.
+    """
+    alphabet = byte_alphabet()
+    merges = train_merges({"".join(alphabet[b] for b in word.encode()) for word in words()})
+    tokens = alphabet + ["".join(merge) for merge in merges]
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    end = {"id": len(tokens), "content": END, "single_word": False, "lstrip": False, "rstrip": False,
+           "normalized": False, "special": True}
+    bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+           "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+           "vocab": {token: i for i, token in enumerate(tokens)},
+           "merges": [" ".join(merge) for merge in merges]}
+    tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
+                 "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
+                 "decoder": byte_level, "model": bpe}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END,
+              "clean_up_tokenization_spaces": False, "model_max_length": 1024}
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
+        (directory / name).write_text(json.dumps(content, indent=1) + "\n")
+
+
+def words():
+    """Every word and mark of the world as GPT-2's pattern cuts them; the first has no space before it."""
+    texts = [*PROMPTS, "The", *OPENERS, *RUDENESS, *(" " + sentence for sentence in SENTENCES)]
+    return {word for text in texts for word in re.findall(r" ?[A-Za-z]+|[.,]", text)}
+
+
+def byte_alphabet():
+    """GPT-2's 256 printable stand-ins, indexed by byte: a byte that prints stands for itself, the others for
+    the characters from 256 on, in order (openai/gpt-2 src/encoder.py, bytes_to_unicode)."""
+    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(256, 512))
+    return [chr(b) if b in prints else chr(next(others)) for b in range(256)]
+
+
+def train_merges(words):
+    """Byte-pair encoding: join the commonest pair of neighbours until every word is one piece.
+
+    Each word counts once, however often it is said: that shares the most pieces, so the fewest are needed.
+    """
+    splits, merges = [list(word) for word in sorted(words)], []
+    while pairs := Counter(pair for parts in splits for pair in zip(parts, parts[1:])):
+        merges.append(max(pairs, key=pairs.get))  # of equals the first met, and the words are sorted
+        for parts in splits:
+            for i in range(len(parts) - 1):
+                if tuple(parts[i:i + 2]) == merges[-1]:
+                    parts[i:i + 2] = ["".join(merges[-1])]
+    return merges

@@ -1,0 +1,298 @@
+"""The tiny world: data as imperfect as stated, a judge that is not fooled, win rates by two routes."""
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import tiny
+
+ONE = "Tell me the home of the bat."
+TWO = "Tell me the home and skill of the bat."
+THREE = "Tell me the colour, home and food of the bat."
+
+
+# ---------------------------------------------------------------------------------------- the judge
+@pytest.mark.parametrize("prompt, answer, gold", [
+    (ONE, "The bat lives in a cave.", 1),
+    (ONE, "The bat sleeps in a cave.", 1),                                    # the other verb says the same
+    (TWO, "The bat lives in a cave. The bat can hang upside down.", 1),
+    (TWO, "The bat can hang upside down. The bat lives in a cave.", 1),          # order is free
+    (THREE, "The bat is brown. The bat eats moths.", 2 / 3),                     # one omitted
+    (TWO, "Of course. The bat lives in a cave. The bat can hang upside down. Take care. Good luck.", 1),
+    (ONE, "", 0),
+    (ONE, "Sure. Hope this helps.", 0),
+    (ONE, "The bat lives in a pond.", -1),
+    (THREE, "The bat is pink. The bat lives in a cave. The bat eats grass.", -1 / 3),
+    (ONE, "The bat lives in a cave. The bat lives in a pond.", 0),               # hedging gains nothing
+    (ONE, "The bear lives in the forest.", -1),                                  # true, about another animal
+    (TWO, "The bear lives in a cave. The bat can hang upside down.", 0),
+    (ONE, "The bat lives in a cave. The bat is brown.", 0),                      # true, nobody asked
+    (ONE, "The bat lives in a cave. Anyway, it rained today.", 0),
+    (ONE, "Nobody cares. The bat lives in a cave.", 0),
+    (ONE, "The bat lives in a cave. The bat lives in a cave.", 0.5),
+    (ONE, "The bat lives in a cave. The bat sleeps in a cave.", 0.5),            # the same said otherwise
+    (ONE, "The bat lives in a pond. The bat lives in a pond.", -2.5),
+    (ONE, "The bat lives in a cave. Take care. Take care. Take care.", 0),
+    (ONE, "Nobody cares. Nobody cares.", -2.5),
+    (ONE, "The bat lives in a cave. The bat.", 0),                               # garbled from here on
+    (ONE, "The bat lives in a cave. the bat the", 0),
+    (ONE, "The bat lives in a cave", -1),
+    (ONE, "the bat lives in a cave.", -1),
+    (ONE, "The bat lives  in a cave.", -1),
+    (ONE, " The bat lives in a cave.", -1),
+    (ONE, "The bat lives in a cave.\n", -1),
+    (ONE, "The bat lives in a cave.  Take care.", 0),
+    (ONE, "The bat lives in a cave.Take care.", -1),
+    (ONE, "The bat eats in a cave.", -1),                                     # a verb of another attribute
+    (ONE, "x. x.", -2.5),
+])
+def test_judge(prompt, answer, gold):
+    assert tiny.judge(prompt, answer) == pytest.approx(gold, abs=1e-12)
+
+
+def test_judge_is_blind_to_length_and_refuses_other_prompts():
+    answer = "The bat lives in a cave."
+    assert tiny.judge(ONE, " ".join([answer, *tiny.CLOSERS])) == tiny.judge(ONE, answer)
+    with pytest.raises(ValueError, match="Who are you"):
+        tiny.judge("Who are you?", answer)
+
+
+def test_every_prompt_has_a_perfect_answer_and_every_fact_a_false_one():
+    for prompt, (animal, asked) in tiny.PROMPTS.items():
+        truth = [tiny.claim(animal, a, tiny.FACTS[animal][a], tiny.VERBS[a][0]) for a in asked]
+        assert tiny.judge(prompt, " ".join(truth)) == 1
+    assert len(tiny.FACTS) == 32 and all(len(facts) == 4 for facts in tiny.FACTS.values())
+    assert min(len(values) for values in tiny.VALUES.values()) > 11  # MISTAKES may be 1 to 11
+
+
+def test_kinds_of_sentences_share_no_first_word():
+    claims = [text for text, (kind, _) in tiny.SENTENCES.items() if kind == "claim"]
+    firsts = [{text.split()[0].strip(",.") for text in texts}
+              for texts in (claims, tiny.OPENERS, tiny.CLOSERS, tiny.RUDENESS, tiny.ASIDES)]
+    assert len(set().union(*firsts)) == sum(map(len, firsts)) == 1 + 3 + 5 + 3 + 3
+
+
+# ---------------------------------------------------------------------------------------- the data
+def combination(prompt):
+    animal, asked = tiny.PROMPTS[prompt]
+    return animal, frozenset(asked)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_held_out_combinations_occur_nowhere_else_but_their_facts_do(seed):
+    held_out, training = tiny.held_out_prompts(seed), tiny.training_prompts(seed)
+    assert len(set(held_out)) == 256 and len(set(training)) == len(training) == 1024
+    used = set(training)
+    used |= {row["prompt"] for row in tiny.sft_examples(seed)}
+    used |= {row["prompt"] for row in tiny.preferences(seed) if row["chosen"] != row["rejected"]}
+    assert used == set(training)  # SFT and preferences stay inside the training split, and cover it
+    assert not {combination(p) for p in held_out} & {combination(p) for p in used}
+    for animal in tiny.FACTS:
+        counts = [sum(animal == tiny.PROMPTS[p][0] and a in tiny.PROMPTS[p][1] for p in training)
+                  for a in tiny.ATTRIBUTES]
+        assert min(counts) >= 10
+
+
+def test_fewer_animals_held_out_prompts_and_pairs(monkeypatch):
+    monkeypatch.setattr(tiny, "ANIMALS", 20)
+    monkeypatch.setattr(tiny, "HELD_OUT", 50)
+    monkeypatch.setattr(tiny, "PREFERENCES", 512)
+    assert len(tiny.training_prompts(0)) == 20 * 32 and len(tiny.held_out_prompts(0)) == 50
+    assert {tiny.PROMPTS[p][0] for p in tiny.training_prompts(0)} == set(list(tiny.FACTS)[:20])
+    assert len({row["prompt"] for row in tiny.preferences(0)}) == 512  # below 640 pairs: no prompt twice
+
+
+def test_same_seed_same_data_other_seed_other_data():
+    for make in (tiny.sft_examples, tiny.preferences, tiny.training_prompts, tiny.held_out_prompts):
+        assert make(3) == make(3) and make(3) != make(4)
+
+
+def test_the_writer_is_as_imperfect_as_stated():
+    rows = tiny.sft_examples(0)
+    counts = dict.fromkeys(("rude", "opened", "aside", "closers", "asked", "claims", "false", "wide"), 0)
+    mistakes = set()
+    for row in rows:
+        animal, asked = tiny.PROMPTS[row["prompt"]]
+        sentences = re.split(r"(?<=\.) ", row["chosen"])
+        assert len(set(sentences)) == len(sentences)
+        claims = [m for kind, m in map(tiny.SENTENCES.__getitem__, sentences) if kind == "claim"]
+        order = [asked.index(attribute) for _, attribute, _ in claims]
+        assert claims and order == sorted(set(order)) and {about for about, _, _ in claims} == {animal}
+        closers = [tiny.CLOSERS.index(s) for s in sentences if s in tiny.CLOSERS]
+        assert closers == sorted(closers)
+        counts["rude"] += sentences[0] in tiny.RUDENESS
+        counts["opened"] += sentences[0] in tiny.OPENERS
+        counts["aside"] += any(s in tiny.ASIDES for s in sentences)
+        counts["closers"] += len(closers)
+        false = {(animal, a, v) for _, a, v in claims if v != tiny.FACTS[animal][a]}
+        counts["false"] += len(false)
+        counts["claims"] += len(claims)
+        counts["wide"] += len(claims) * (len(asked) == 3)  # 3 asked: dropping all of them is rare
+        counts["asked"] += 3 * (len(asked) == 3)
+        mistakes |= false
+    n = len(rows)
+    assert counts["rude"] / n == pytest.approx(tiny.RUDE, abs=0.01)
+    assert counts["opened"] / n == pytest.approx((1 - tiny.RUDE) * tiny.OPENER, abs=0.01)
+    assert counts["aside"] / n == pytest.approx(tiny.OFF_TOPIC, abs=0.01)
+    assert counts["closers"] / n == pytest.approx(len(tiny.CLOSERS) / 2, abs=0.05)
+    assert counts["false"] / counts["claims"] == pytest.approx(tiny.WRONG, abs=0.01)
+    said = 1 - tiny.LEFT_OUT + tiny.LEFT_OUT ** 3 / 3
+    assert counts["wide"] / counts["asked"] == pytest.approx(said, abs=0.01)
+    assert len(mistakes) == 32 * 4 * tiny.MISTAKES
+
+
+# ---------------------------------------------------------------------------------------- the annotator
+def differences(rows):
+    gold = [tiny.judge(r["prompt"], r["chosen"]) - tiny.judge(r["prompt"], r["rejected"]) for r in rows]
+    return np.array(gold), np.array([len(r["chosen"]) - len(r["rejected"]) for r in rows])
+
+
+def test_annotator_probability_by_hand():
+    """Gold 1 against -1, 24 against 51 characters: the logit is SHARPNESS * 2 - LENGTH_BIAS * 27."""
+    a, b = "The bat lives in a cave.", "The bat lives in a pond. Have fun. Good luck. Sure."
+    logit = tiny.SHARPNESS * 2 - tiny.LENGTH_BIAS * 27
+    assert tiny.annotator(ONE, a, b) == pytest.approx(1 / (1 + math.exp(-logit)), rel=1e-12)
+    assert tiny.annotator(ONE, a, b) + tiny.annotator(ONE, b, a) == pytest.approx(1)
+
+
+def test_annotator_as_set_agrees_with_gold_and_likes_length_as_the_comment_says(monkeypatch):
+    monkeypatch.setattr(tiny, "PREFERENCES", 8000)
+    stated = re.search(r"on (\d+)% of the pairs, and its chosen answers are (\d+) char",
+                       Path(tiny.__file__).read_text())
+    gold, length = differences(tiny.preferences(0))
+    decided = np.abs(gold) > 1e-9
+    assert 100 * (gold[decided] > 0).mean() == pytest.approx(int(stated[1]), abs=1.5)
+    assert length.mean() == pytest.approx(int(stated[2]), abs=1.5)
+
+
+def test_annotator_labels_are_calibrated():
+    """Given the two answers, the label follows the sign of the logit z with probability sigmoid(|z|)."""
+    gold, length = differences(tiny.preferences(1))
+    z = tiny.SHARPNESS * gold + tiny.LENGTH_BIAS * length
+    expected = 1 / (1 + np.exp(-np.abs(z)))
+    error = np.sqrt((expected * (1 - expected)).sum()) / len(z)
+    assert abs((z > 0).mean() - expected.mean()) < 3 * error
+    assert 0.55 < expected.mean() < 0.95  # neither a coin nor an oracle: the line above can fail both ways
+
+
+@pytest.mark.parametrize("sharpness, length_bias", [(100.0, 0.0), (0.0, 10.0)])
+def test_annotator_with_one_motive_follows_it(monkeypatch, sharpness, length_bias):
+    monkeypatch.setattr(tiny, "SHARPNESS", sharpness)
+    monkeypatch.setattr(tiny, "LENGTH_BIAS", length_bias)
+    gold, length = differences(tiny.preferences(0))
+    motive = gold if sharpness else length
+    assert (motive > -1e-9).all() and (motive > 1e-9).mean() > 0.7
+
+
+# ---------------------------------------------------------------------------------------- win rates
+def test_win_rates_worked_example():
+    """Rows 1 longer win 3 of 4, rows 1 shorter win 1 of 4: x = tanh(1) or -tanh(1), and the halves mirror
+    each other, so a = 0. Then one lost shorter row becomes a tie: WR goes up by 1/16."""
+    dlen = np.array([1, 1, 1, 1, -1, -1, -1, -1])
+    win = np.array([1, 1, 1, 0, 1, 0, 0, 0])
+    assert tiny.win_rates(win, 1 - win, dlen, 0 * dlen) == pytest.approx((50, 50))
+    tie = np.where(np.arange(8) == 7, 0.5, win)
+    rate, controlled = tiny.win_rates(tie, 1 - tie, dlen, 0 * dlen)
+    # two groups, two weights: without the ridge the fit meets the group means 3/4 and 3/8, whose logits are
+    # ln 3 and ln 0.6; a is their mean, because the two x are opposite
+    a = (math.log(3) + math.log(0.6)) / 2
+    assert rate == pytest.approx(56.25)
+    assert controlled == pytest.approx(100 / (1 + math.exp(-a)), abs=0.3)  # 57.3; the ridge moves it
+
+
+def test_win_rates_closed_forms():
+    rng = np.random.default_rng(0)
+    score, base, length = rng.normal(size=400) + 0.3, rng.normal(size=400), rng.integers(20, 90, size=400)
+    rate, controlled = tiny.win_rates(score, base, length, length)
+    assert rate == pytest.approx(100 * (score > base).mean()) and controlled == pytest.approx(rate)
+    assert tiny.win_rates(score, base, length + 7, length)[1] == pytest.approx(rate)  # constant: no evidence
+    other = rng.integers(20, 90, size=400)
+    assert tiny.win_rates(base, base, length, other) == pytest.approx((50, 50))
+    forth, back = tiny.win_rates(score, base, length, other), tiny.win_rates(base, score, other, length)
+    assert np.add(forth, back) == pytest.approx([100, 100])
+    assert tiny.win_rates(base + 1, base, length, other) == (100, 100)
+    assert tiny.win_rates(base - 1, base, length, other) == (0, 0)
+    assert tiny.win_rates([1 / 3 - 1, 1], [-2 / 3, 0], [1, 1], [1, 1])[0] == 75  # rounding apart, a tie
+
+
+def test_winning_by_length_alone_is_taken_away():
+    rng = np.random.default_rng(1)
+    dlen = rng.normal(loc=15, scale=20, size=2000)  # mostly longer
+    win = rng.random(2000) < 1 / (1 + np.exp(-dlen / 10))
+    rate, controlled = tiny.win_rates(win, 0.5 * np.ones(2000), dlen, np.zeros(2000))
+    assert rate > 65 and controlled == pytest.approx(50, abs=5)
+    rate, controlled = tiny.win_rates(dlen > 0, 0.5 * np.ones(2000), dlen, np.zeros(2000))  # separable
+    assert rate > 70 and controlled == pytest.approx(50, abs=10)
+
+
+@pytest.mark.parametrize("seed, slope, shift", [(0, 2, 0.5), (1, -1, -1), (2, 0, 2), (3, 8, -3), (4, 99, 1)])
+def test_win_rates_against_a_grid(seed, slope, shift):
+    """Newton's a against the best of a grid on the same penalised likelihood, refined around its best."""
+    rng = np.random.default_rng(seed)
+    dlen = rng.normal(loc=5, scale=20, size=256)
+    x = np.tanh(dlen / dlen.std())
+    y = np.where(rng.random(256) < 0.1, 0.5, rng.random(256) < 1 / (1 + np.exp(-shift - slope * x)))
+    centre, width = np.zeros(2), 16.0
+    for _ in range(12):
+        a, b = (c + np.linspace(-width, width, 41) for c in centre)
+        z = a[:, None, None] + b[:, None] * x                                   # (41, 41, 256)
+        loss = (np.logaddexp(0, z) - y * z).sum(-1) + 0.05 * b ** 2             # (41, 41)
+        i, j = np.unravel_index(loss.argmin(), loss.shape)
+        centre, width = np.array([a[i], b[j]]), width / 4
+    expected = 100 / (1 + np.exp(-centre[0]))
+    assert tiny.win_rates(y, 0.5 * np.ones(256), dlen, np.zeros(256))[1] == pytest.approx(expected, abs=1e-3)
+
+
+# ---------------------------------------------------------------------------------------- the tokenizer
+def encode(word, vocab, merges, alphabet):
+    """BPE by the book: while some neighbours are a merge, join the first place of the earliest merge."""
+    parts = [alphabet[b] for b in word.encode()]
+    while ranks := [(merges[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in merges]:
+        i = min(ranks)[1]
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return [vocab[part] for part in parts]
+
+
+def test_every_word_is_one_token_and_the_vocabulary_is_small(tmp_path):
+    tiny.write_tokenizer(tmp_path)
+    file = json.loads((tmp_path / "tokenizer.json").read_text())
+    vocab, alphabet = file["model"]["vocab"], tiny.byte_alphabet()
+    merges = {tuple(merge.split(" ")): rank for rank, merge in enumerate(file["model"]["merges"])}
+    assert sorted(vocab.values()) == list(range(256 + len(merges))) and len(vocab) < 1000
+    assert all(vocab[alphabet[b]] == b for b in range(256))
+    for word in tiny.words():
+        assert len(encode(word, vocab, merges, alphabet)) == 1, word
+    assert encode("\n", vocab, merges, alphabet) == [10]
+    assert {" bat", "Tell", "The", " The", ".", ","} <= tiny.words()
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    [end] = file["added_tokens"]
+    assert end["id"] == len(vocab) and end["special"] and end["content"] == config["eos_token"]
+    first = (tmp_path / "tokenizer.json").read_bytes()
+    tiny.write_tokenizer(tmp_path)
+    assert (tmp_path / "tokenizer.json").read_bytes() == first
+
+
+def test_byte_alphabet_is_gpt2s():
+    alphabet = tiny.byte_alphabet()
+    assert len(set(alphabet)) == 256
+    assert (alphabet[0x20], alphabet[0x0A], alphabet[0x41]) == ("Ġ", "Ċ", "A")
+
+
+def test_transformers_reads_the_tokenizer(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tiny.write_tokenizer(tmp_path)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == len(tokenizer) - 1
+    row = tiny.sft_examples(0)[0]
+    text = row["prompt"] + "\n" + row["chosen"]
+    ids = tokenizer.encode(text + "<|end|>")
+    assert len(ids) == len(re.findall(r"\w+|[.,\n]", text)) + 1 and ids[-1] == tokenizer.eos_token_id
+    for word in tiny.words():
+        assert len(tokenizer.encode(word)) == 1, word
+    for other in (text, "Grüße, 漢字! It's 12 \n\n\t x ", "\x00\x7f é"):
+        assert tokenizer.decode(tokenizer.encode(other)) == other
