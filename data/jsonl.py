@@ -1,6 +1,8 @@
-"""Prompts and preferences in the field's forms, read from JSON lines (or one JSON array, as AlpacaEval's set is).
+"""Prompts and preferences in the field's forms, read from JSON lines (or one JSON array, as AlpacaEval's
+set is).
 
-A prompt is the text of one user turn, or a list of {"role", "content"} that ends before the assistant's answer.
+A prompt is the text of one user turn, or a list of {"role", "content"} that ends before the assistant's
+answer.
 """
 
 import json
@@ -40,8 +42,8 @@ def parse(text, where):
 
 
 def read_prompts(path):
-    """A list of (where, prompt), each prompt once, from rows with "prompt" or "instruction", or with the conversations
-    "chosen" and "rejected" that begin with it."""
+    """A list of (where, prompt), each prompt once, from rows with "prompt" or "instruction", or with the
+    conversations "chosen" and "rejected" that begin with it."""
     prompts = {}
     for where, row in read_rows(path):
         prompt = prompt_of(row, where)
@@ -50,8 +52,9 @@ def read_prompts(path):
 
 
 def read_preferences(path):
-    """A list of (where, prompt, chosen, rejected): TRL's rows, plain or conversational, with or without the prompt
-    repeated in the answers, and the DICE repository's {"prompt" or "instruction", "output": [chosen, rejected]}."""
+    """A list of (where, prompt, chosen, rejected): TRL's rows, plain or conversational, with or without the
+    prompt repeated in the answers, and the DICE repository's {"prompt" or "instruction", "output": [chosen,
+    rejected]}."""
     pairs = []
     for where, row in read_rows(path):
         prompt = prompt_of(row, where)
@@ -91,7 +94,7 @@ def answer_of(answer, prompt, where):
     check_turns(answer, f"{where}: an answer")
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if answer[-1]["role"] != "assistant" or (len(answer) > 1 and plain(answer[:-1]) != plain(turns)):
-        raise InputError(f"{where}: an answer must be one assistant turn, alone or after the turns of the prompt")
+        raise InputError(f"{where}: an answer must be one assistant turn, alone or after the prompt's turns")
     return answer[-1]["content"]
 
 
@@ -103,4 +106,4 @@ def check_turns(turns, where):
     ok = isinstance(turns, list) and turns and all(
         isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str) for t in turns)
     if not ok:
-        raise InputError(f'{where} must be text or a list of {{"role", "content"}} with the roles {", ".join(ROLES)}')
+        raise InputError(f'{where} must be text or a list of {{"role", "content"}}, roles {", ".join(ROLES)}')

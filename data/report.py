@@ -1,0 +1,142 @@
+"""The report of a run, from its files alone: report.md and curves.png.
+
+    python data/report.py out/tiny        writes both again
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+try:
+    from data import tiny
+except ImportError:  # run as a script
+    import tiny
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(out):
+    """Writes report.md and curves.png into the run's directory; returns the table and, if any, the
+    examples."""
+    settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
+    metrics = read_rows(out / "metrics.jsonl")
+    judged = (out / "evaluation" / "dpo.jsonl").exists()
+    table = judged_table(out, metrics) if judged else training_table(metrics)
+    text = markdown(table) + (examples(out, table[-1]["stage"]) if judged else "")
+    shown = ("model", "seed", "rounds", "samples", "gamma", "alpha", "beta", "labeller")
+    (out / "report.md").write_text(
+        f"# DICE: {settings['model']}\n\n{', '.join(f'{key} {settings[key]}' for key in shown)}; "
+        f"the other settings are in settings.json.\n\n{text}\n![curves](curves.png)\n", encoding="utf-8")
+    curves(out, metrics, table)
+    return text
+
+
+def judged_answers(out, stage):
+    """Gold scores, rewards (None where there is no reference) and lengths in characters of the held-out
+    answers."""
+    rows = read_rows(out / "evaluation" / f"{stage}.jsonl")
+    return tuple(np.array(values, dtype=float) for values in (
+        [row["gold"] for row in rows], [row["reward"] for row in rows], [len(row["text"]) for row in rows]))
+
+
+def judged_table(out, metrics):
+    """The tiny world's table, a dict per stage. Win rates are against the DPO model, answer against
+    answer."""
+    base, _, base_chars = judged_answers(out, "dpo")
+    rounds = {row["stage"]: row for row in metrics if "alpha" in row}
+    table = []
+    for stage in ["sft", "dpo", *rounds]:
+        gold, reward, chars = judged_answers(out, stage)
+        win, controlled = tiny.win_rates(gold, base, chars, base_chars)
+        table.append({"stage": stage, "win rate": win, "length-controlled": controlled, "gold": gold.mean(),
+                      "characters": chars.mean(), "reward agrees %": 100 * agreement(gold, reward),
+                      "pairs right %": 100 * rounds[stage]["pairs_right"] if stage in rounds else None})
+    return table
+
+
+def agreement(gold, reward):
+    """How often the reward orders two answers to a prompt (four each) as the judge does, ties of the judge
+    aside."""
+    gold, reward = gold.reshape(-1, 4), reward.reshape(-1, 4)
+    better = gold[:, :, None] - gold[:, None, :] > 1e-9  # (P, 4, 4): this answer above that one
+    agrees = reward[:, :, None] > reward[:, None, :]
+    return agrees[better].mean() if np.isfinite(reward).all() else np.nan
+
+
+ROUND = ("alpha", "generated_pairs", "replayed_pairs", "answer_chars", "truncated", "pair_length_gap")
+
+
+def training_table(metrics):
+    """What is known without a judge, a dict per stage: means over the last tenth of the steps, and the
+    round's data."""
+    table = []
+    for stage in dict.fromkeys(row["stage"] for row in metrics):
+        rows = [row for row in metrics if row["stage"] == stage]
+        steps = [row for row in rows if "step" in row]
+        last, about = steps[-max(1, len(steps) // 10):], next((row for row in rows if "alpha" in row), {})
+        table.append({"stage": stage, "steps": len(steps), **{
+            key: np.mean([row.get(key, np.nan) for row in last]) for key in ("loss", "accuracy", "margin")},
+            **{key.replace("_", " "): about.get(key) for key in ROUND}})
+    return table
+
+
+def markdown(table):
+    """Dicts with the same keys as a markdown table."""
+    def cell(value):
+        if value is None or value != value:
+            return ""
+        return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    lines = [list(table[0]), ["---"] * len(table[0])]
+    lines += [[cell(value) for value in row.values()] for row in table]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def examples(out, stage):
+    """Three held-out prompts with an answer before and after DICE."""
+    text = ""
+    before, after = (read_rows(out / "evaluation" / f"{name}.jsonl") for name in ("dpo", stage))
+    for old, new in list(zip(before, after))[:12:4]:  # a prompt has four answers
+        text += f"\n**{old['prompt']}**\n"
+        for name, row in (("dpo", old), (stage, new)):
+            text += f"- {name}, gold {row['gold']:.2f}: {row['text']}\n"
+    return text
+
+
+def curves(out, metrics, table):
+    """curves.png: DPO loss and reward accuracy by step; lengths, and with a judge the win rates, by
+    stage."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("curves.png was not drawn: pip install matplotlib", file=sys.stderr)
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5))
+    steps = list(enumerate(row for row in metrics if "margin" in row))
+    for axis, key in zip(axes, ("loss", "accuracy")):
+        for stage in dict.fromkeys(row["stage"] for _, row in steps):
+            axis.plot(*zip(*((i, row[key]) for i, row in steps if row["stage"] == stage)), label=stage)
+        axis.set(xlabel="DPO step", title=key)
+    axes[0].legend()
+    names = [row["stage"] for row in table]
+    if "win rate" in table[0]:
+        for key in ("win rate", "length-controlled"):
+            axes[2].plot(names, [row[key] for row in table], marker="o", label=f"{key}, %")
+        axes[2].plot(names, [row["characters"] for row in table], "k--", label="characters")
+    else:
+        axes[2].plot(names, [row["answer chars"] for row in table], "k--", marker="o", label="characters")
+    axes[2].set(title="answers")
+    axes[2].legend()
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=100)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    print(write(Path(sys.argv[1])))
