@@ -46,7 +46,10 @@ def read_json(path: Path) -> dict:
     return value
 
 
-SETTINGS: dict[str, dict] = {}     # --model NAME -> its own defaults for dice.Settings; no names yet
+SETTINGS = {  # --model NAME -> its own defaults for dice.Settings
+    "tiny": dict(temperature=1.0, top_p=0.95, max_new_tokens=96, rows=1024, chunk=256, batch=16, steps=32, lr=1e-4,
+                 warmup=0, sft_steps=1500, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5),
+}
 
 
 def resolve(name: str) -> Path:
@@ -396,7 +399,7 @@ def write_weights(directory: Path, config: Config, state, dtype):
             tensors[part] = (tensor.T if transposed else tensor).contiguous()
             weight_map[part] = file
         save_file(tensors, directory / file, metadata={"format": "pt"})
-        shutil.copymode(directory / "config.json", directory / file)       # it makes them for their owner only
+        shutil.copymode(directory / "config.json", directory / file)     # it makes them for their owner only
     if len(shards) > 1:
         write_json(directory / "model.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
@@ -482,7 +485,7 @@ class ByteLevelBPE:
         ranks = []
         for match in self.splits[-1].finditer(text):
             piece = match[0].encode()
-            kept = piece.translate(None, self.absent)  # a byte without a token is dropped, as elsewhere
+            kept = piece.translate(None, self.absent)  # a byte without a token is dropped (as in HF)
             if piece in self.whole:
                 ranks.append(self.whole[piece])
             elif kept:
@@ -661,8 +664,6 @@ def read_tokenizer(directory, chat="auto") -> Tokenizer:
         coder, words, control, bos, eos = read_tokenizer_json(directory / "tokenizer.json", named.values())
     else:
         coder, words, control, bos, eos = read_rank_file(directory / "tokenizer.model")
-    if isinstance(settings.get("add_bos_token"), bool):
-        bos = control.get(named["bos_token"], bos) if settings["add_bos_token"] else None
     stop_ids = [i for i in [control.get(named["eos_token"], eos)] if i is not None]
     for name in ("generation_config.json", "config.json"):
         ids = read_json(directory / name).get("eos_token_id")
@@ -672,6 +673,8 @@ def read_tokenizer(directory, chat="auto") -> Tokenizer:
         stop_ids += ids
     if chat == "auto":
         chat = recognise_chat(files, settings, directory)
+    if chat == "plain" and named["bos_token"] in control:      # a base model that begins a new text has ended this one
+        stop_ids.append(control[named["bos_token"]])
     need(chat in CHATS, f"chat format {chat!r} is unknown; choose one of auto, {', '.join(CHATS)}")
     return Tokenizer(coder, words, control, bos, stop_ids, chat, files)
 

@@ -1,4 +1,4 @@
-"""model.py against something simpler: transformers and tokenizers if installed, naive code, files by hand."""
+"""model.py against something simpler: transformers, tokenizers, naive code, handmade files."""
 import base64
 import dataclasses
 import json
@@ -858,7 +858,8 @@ def sequence(*steps):
     ({"normalizer": {"type": "Lowercase"}}, "normalizer"), ({"normalizer": 3}, "normalizer"),
     ({"pre_tokenizer": BYTES | {"add_prefix_space": True}}, "pre_tokenizer"),
     ({"pre_tokenizer": None}, "byte_fallback"),
-    (sequence({"type": "Punctuation"}, BYTES), "Punctuation"), (sequence(BYTES, LLAMA3_SPLIT), "pre_tokenizer"),
+    (sequence({"type": "Punctuation"}, BYTES), "Punctuation"),
+    (sequence(BYTES, LLAMA3_SPLIT), "pre_tokenizer"),
     (sequence(LLAMA3_SPLIT | {"behavior": "Removed"}, BYTES), "Split"),
     (sequence(LLAMA3_SPLIT | {"pattern": {"Regex": "(["}}, BYTES), "pattern"),
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": 5}}, "pre_tokenizer"),

@@ -1,0 +1,168 @@
+"""The study on the tiny world: arms of the experiment, over several seeds, as one table and one picture.
+
+    python data/ablations.py --seeds 5 --rounds 4        writes out/ablations/table.md and table.png
+
+A seed's SFT and DPO models are trained once; every arm starts from them. One process a core, one thread each.
+What is finished is kept: the same command goes on where it stopped.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ARMS = {  # name: what differs from the default settings
+    "DICE": {},
+    "no shaping": {"alpha": "0"},
+    "no replay": {"gamma": 0.0},
+    "offline pairs only": {"gamma": 1.0},
+    "gold labels": {"labeller": "gold", "alpha": "0"},
+}
+COLUMNS = ("win rate", "length-controlled", "gold", "characters", "reward agrees %", "pairs right %")
+
+
+def base(directory, seed):
+    """SFT and DPO of one seed, evaluated, in directory."""
+    import dice
+    work = directory.with_name("base.unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    run = dice.Run(dice.parse_settings(["--seed", str(seed), "--out", str(work), "--device", "cpu"]))
+    policy, reference = dice.first_models(run)
+    dice.evaluate(run, "sft", reference)
+    dice.evaluate(run, "dpo", policy, reference)
+    work.rename(directory)
+
+
+def arm(directory, base, seed, rounds, changes):
+    """The DICE rounds of one arm, from the models in base, in directory."""
+    import dice
+    work = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(work, ignore_errors=True)
+    given = [word for key, value in changes.items() for word in ("--" + key.replace("_", "-"), str(value))]
+    run = dice.Run(dice.parse_settings(["--seed", str(seed), "--out", str(work), "--device", "cpu", *given]))
+    policy, reference = base / "dpo", base / "sft"
+    shutil.copytree(base / "evaluation", work / "evaluation")
+    for number in range(1, rounds + 1):
+        policy, reference = dice.dice_round(run, number, policy, reference), policy
+        dice.evaluate(run, f"round-{number}", policy, reference)
+    work.rename(directory)
+
+
+def work(out, seed, rounds, name):
+    """One job: the base of a seed (name None) or one of its arms."""
+    import torch
+    torch.set_num_threads(1)
+    sys.stderr = open(os.devnull, "w")  # the progress bars of two processes would only overwrite each other
+    directory = out / f"seed-{seed}"
+    directory.mkdir(parents=True, exist_ok=True)
+    if name is None:
+        base(directory / "base", seed)
+    else:
+        arm(directory / path_of(name, rounds), directory / "base", seed, rounds, ARMS[name])
+
+
+def path_of(name, rounds):
+    return f"{name.replace(' ', '-')}-{rounds}"
+
+
+def run_jobs(out, seeds, rounds, workers):
+    """All bases, each followed by its arms, those that are not there yet."""
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        jobs = {}
+
+        def submit(seed, name):
+            jobs[pool.submit(work, out, seed, rounds, name)] = seed, name
+
+        def submit_arms(seed):
+            for name in ARMS:
+                if not (out / f"seed-{seed}" / path_of(name, rounds)).exists():
+                    submit(seed, name)
+
+        for seed in seeds:
+            submit_arms(seed) if (out / f"seed-{seed}" / "base").exists() else submit(seed, None)
+        while jobs:
+            for job in as_completed(list(jobs)):
+                seed, name = jobs.pop(job)
+                job.result()
+                print(f"seed {seed}: {name or 'SFT and DPO'} done, {len(jobs)} jobs left in the queue", file=sys.stderr)
+                if name is None:
+                    submit_arms(seed)
+                break
+
+
+def collect(out, seeds, rounds):
+    """{(arm, stage): {column: values (seeds,)}}; SFT and DPO stand once, under their own names."""
+    from data import report
+    values = {}
+    for seed in seeds:
+        for name in ARMS:
+            directory = out / f"seed-{seed}" / path_of(name, rounds)
+            for row in report.judged_table(directory, report.read_rows(directory / "metrics.jsonl")):
+                first = row["stage"] in ("sft", "dpo")
+                if first and name != next(iter(ARMS)):
+                    continue
+                place = values.setdefault(("" if first else name, row["stage"]), {column: [] for column in COLUMNS})
+                for column in COLUMNS:
+                    place[column].append(np.nan if row[column] is None else row[column])
+    return values
+
+
+def mean_and_error(numbers):
+    """Mean and standard error of the mean."""
+    return np.mean(numbers), np.std(numbers, ddof=1) / len(numbers) ** 0.5 if len(numbers) > 1 else np.nan
+
+
+def table(values):
+    lines = ["| arm | stage | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for (name, stage), columns in values.items():
+        cells = []
+        for column in COLUMNS:
+            mean, error = mean_and_error(columns[column])
+            digits = 3 if column == "gold" else 1
+            cells.append("" if np.isnan(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}")
+        lines.append(f"| {name} | {stage} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def picture(path, values, rounds):
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.8))
+    for axis, column in zip(axes, ("length-controlled", "win rate", "gold", "characters")):
+        for name in ARMS:
+            points = [mean_and_error(values[key][column]) for key in
+                      [("", "dpo"), *((name, f"round-{t}") for t in range(1, rounds + 1))]]
+            axis.errorbar(range(rounds + 1), *zip(*points), marker="o", markersize=3, capsize=2, label=name)
+        axis.set(title=column, xlabel="round (0: DPO)", xticks=range(rounds + 1))
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. this - 1 (default: 5)")
+    parser.add_argument("--rounds", type=int, default=4, help="DICE rounds of each arm (default: 4)")
+    parser.add_argument("--out", type=Path, default=Path("out/ablations"), help="default: out/ablations")
+    options = parser.parse_args()
+    seeds = range(options.seeds)
+    run_jobs(options.out, seeds, options.rounds, workers=os.cpu_count())
+    values = collect(options.out, seeds, options.rounds)
+    text = table(values)
+    (options.out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
+    try:
+        picture(options.out / "table.png", values, options.rounds)
+    except ImportError:
+        print("table.png was not drawn: pip install matplotlib", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
