@@ -107,9 +107,9 @@ class Settings:
     score_tokens: int = knob(32768, "padded tokens in one forward pass of scoring", 1)
     train_tokens: int = knob(8192, "padded tokens in one training pass; lower it when out of memory there", 1)
 
-    def check(self):
-        """InputError if a value is not among its choices, not in its range, or does not go with another
-        one."""
+    def settle(self):
+        """Decide what is "auto" about the machine, and check everything. InputError if a value is not among its
+        choices, not in its range, or does not go with another one."""
         for f in fields(self):
             value, flag = getattr(self, f.name), "--" + f.name.replace("_", "-")
             least, most, choices = (f.metadata[key] for key in ("least", "most", "choices"))
@@ -125,17 +125,25 @@ class Settings:
             alpha = math.nan
         if not 0 <= alpha < math.inf:
             raise InputError(f"--alpha {self.alpha}: must be auto or a number of at least 0")
-        if self.labeller == "gold" and self.model != "tiny":
-            raise InputError("--labeller gold: only the tiny world has a judge; leave out --model")
+        if self.labeller == "gold" and (self.model != "tiny" or self.prompts):
+            raise InputError("--labeller gold: judges the tiny world alone; leave out --model and --prompts")
         if self.reference and self.model == "tiny":
             raise InputError(f"--reference {self.reference}: needs --model, what was trained from it")
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.dtype == "auto":
+            self.dtype = "bfloat16" if self.device.startswith("cuda") else "float32"
+        try:
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not there
+            raise InputError(f"--device {self.device}: {str(error).splitlines()[0]}")
 
 
 def parse_settings(argv=None):
-    """Command line -> Settings. What is not given there is the model's own setting, or else the class's
-    default."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line -> Settings. What is not given there is the model's own setting, or else the default."""
+    own = "\n".join(f"{name} has settings of its own: {values}" for name, values in models.SETTINGS.items())
+    parser = argparse.ArgumentParser(description=__doc__, epilog=own,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Settings):
         default = f"default: {f.default}" if f.default != "" else "default: none"
         options = f"{', '.join(f.metadata['choices'])}; " if f.metadata["choices"] else ""
@@ -144,19 +152,14 @@ def parse_settings(argv=None):
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     model = given.get("model", Settings.model)
     settings = Settings(**{**models.SETTINGS.get(model, {}), **given})
-    settings.check()
     settings.out = settings.out or f"out/{Path(model).name}"
-    if settings.device == "auto":
-        settings.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if settings.dtype == "auto":
-        settings.dtype = "bfloat16" if settings.device.startswith("cuda") else "float32"
+    settings.settle()
     return settings
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The Transformer: one forward for training, prefill and decoding
-# Shapes: B batch, T time, S cached time, C channels, H heads, K heads of keys and values, D head size, V
-# vocabulary
+# Shapes: B batch, T time, S cached time, C channels, H heads, K heads of keys, D head size, V vocabulary
 
 
 def rotary_frequencies(config):
@@ -1012,7 +1015,7 @@ def record_round(run, stage, alpha, samples, pairs):
            "answer_chars": sum(len(x.text) for x in samples) / len(samples),
            "truncated": sum(x.finish == "length" for x in samples) / len(samples),
            "pair_length_gap": sum(gaps) / max(1, len(gaps))}
-    if run.is_tiny:  # for the report alone: how many of the pairs does the judge order the same way
+    if run.is_tiny and not run.settings.prompts:  # for the report alone: how many pairs are right
         gold = [[tiny.judge(p.prompt.content, x.text) for x in (p.chosen, p.rejected)] for p in new]
         row["pairs_right"] = sum(chosen > rejected for chosen, rejected in gold) / max(1, len(new))
     run.log(row)

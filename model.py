@@ -47,8 +47,8 @@ def read_json(path: Path) -> dict:
 
 
 SETTINGS = {  # --model NAME -> its own defaults for dice.Settings
-    "tiny": dict(temperature=1.0, top_p=0.95, max_new_tokens=96, rows=1024, chunk=256, batch=16, steps=32, lr=1e-4,
-                 warmup=0, sft_steps=1500, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5),
+    "tiny": dict(temperature=1.0, top_p=0.95, max_new_tokens=96, rows=1024, chunk=256, batch=16, steps=32,
+                 lr=1e-4, warmup=0, sft_steps=1500, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5),
 }
 
 
@@ -180,9 +180,11 @@ def parse_config(raw: dict, path) -> Config:
         head_size = size("head_dim", width // heads)
         need(head_size % 2 == 0, f"{path}: the head size (head_dim) {head_size} must be even")
         context = size("max_position_embeddings")
-        # Inside its first window, sliding-window attention IS full attention: the window caps the context.
+        window = size("sliding_window", context)
         if kind == "mistral" or (kind == "qwen2" and flag("use_sliding_window")):
-            context = min(context, size("sliding_window", context))
+            need(window >= context, f"{path}: sliding_window {window} is shorter than the context of {context}, and "
+                                    "attention here sees everything; set max_position_embeddings to "
+                                    f"{window} to use the first window, where the two are the same")
         bias = kind == "llama" and flag("attention_bias")
         theta, scaling = rotary(raw, path)
         config = Config(
@@ -673,7 +675,7 @@ def read_tokenizer(directory, chat="auto") -> Tokenizer:
         stop_ids += ids
     if chat == "auto":
         chat = recognise_chat(files, settings, directory)
-    if chat == "plain" and named["bos_token"] in control:      # a base model that begins a new text has ended this one
+    if chat == "plain" and named["bos_token"] in control:  # a base model starts anew: it has ended
         stop_ids.append(control[named["bos_token"]])
     need(chat in CHATS, f"chat format {chat!r} is unknown; choose one of auto, {', '.join(CHATS)}")
     return Tokenizer(coder, words, control, bos, stop_ids, chat, files)

@@ -45,7 +45,7 @@ def parse(argv):
     given = {name: value for name, value in vars(args).items() if name in KNOBS and value is not None}
     own = {name: value for name, value in models.SETTINGS.get(args.model, {}).items() if name in KNOBS}
     settings = dice.Settings(**{**own, **given})
-    settings.check()
+    settings.settle()
     return args, settings
 
 
@@ -67,15 +67,8 @@ def load(settings):
     """The model and its tokenizer, on the device that the settings name."""
     directory = models.resolve(settings.model)
     tokenizer = models.read_tokenizer(directory, settings.chat)
-    device, dtype = settings.device, settings.dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not there
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}")
-    low = dtype == "bfloat16" or dtype == "auto" and device.startswith("cuda")
-    return dice.load_model(directory, device, torch.bfloat16 if low else torch.float32), tokenizer
+    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+    return dice.load_model(directory, settings.device, dtype), tokenizer
 
 
 def encode(prompt, raw, model, tokenizer, where):

@@ -54,7 +54,7 @@ def judged_table(out, metrics):
         win, controlled = tiny.win_rates(gold, base, chars, base_chars)
         table.append({"stage": stage, "win rate": win, "length-controlled": controlled, "gold": gold.mean(),
                       "characters": chars.mean(), "reward agrees %": 100 * agreement(gold, reward),
-                      "pairs right %": 100 * rounds[stage]["pairs_right"] if stage in rounds else None})
+                      "pairs right %": 100 * rounds.get(stage, {}).get("pairs_right", np.nan)})
     return table
 
 
