@@ -108,8 +108,8 @@ class Settings:
     train_tokens: int = knob(8192, "padded tokens in one training pass; lower it when out of memory there", 1)
 
     def settle(self):
-        """Decide what is "auto" about the machine, and check everything. InputError if a value is not among its
-        choices, not in its range, or does not go with another one."""
+        """Decide what is "auto" about the machine. InputError if a value is not among its choices, not in its
+        range, or does not go with another one."""
         for f in fields(self):
             value, flag = getattr(self, f.name), "--" + f.name.replace("_", "-")
             least, most, choices = (f.metadata[key] for key in ("least", "most", "choices"))
@@ -163,8 +163,7 @@ def parse_settings(argv=None):
 
 
 def rotary_frequencies(config):
-    """Angle per position of each pair of channels, (D/2,) float32; Llama-3.1 and 3.2 stretch the slow
-    ones."""
+    """Angle per position of each pair of channels, (D/2,) float32. Llama-3.1 stretches the slow ones."""
     pair = torch.arange(0, config.head_size, 2, dtype=torch.float32)
     freq = config.rope_theta ** (-pair / config.head_size)
     if config.rope_scaling:
@@ -177,8 +176,7 @@ def rotary_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (arXiv 2104.09864), Llama's layout: channel i turns with channel i + D/2. x (B, H,
-    T, D)"""
+    """Rotary positions (arXiv 2104.09864) of x (B, H, T, D): channel i turns with channel i + D/2."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)  # the angles are float32
 
@@ -195,8 +193,7 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.hidden, C, bias=config.mlp_bias)
 
     def forward(self, x, position, rope, cache=None, mask=None):
-        """x (B, T, C) at position (1 or B, T) -> (B, T, C). Without a mask, causal attention among these
-        T."""
+        """x (B, T, C) at position (1 or B, T) -> (B, T, C). No mask: causal attention among these T."""
         x = x + self.attention(self.norm1(x), position, rope, cache, mask)
         h = self.up(self.norm2(x))
         if self.config.mlp == "swiglu":
@@ -279,8 +276,7 @@ class Transformer(nn.Module):
 
 
 def new_model(config, seed):
-    """Random weights as GPT-2 draws them: normal(0, 0.02), what is added to the residual scaled down by
-    depth."""
+    """Random weights as GPT-2 draws them: normal(0, 0.02), smaller for what is added to the residual."""
     net, generator = Transformer(config), torch.Generator().manual_seed(seed)
     for name, p in net.named_parameters():
         if p.dim() == 2:
@@ -309,8 +305,7 @@ class KVCache:
 
     def __init__(self, config, rows, capacity, device, dtype):
         shape = (config.layers, rows, capacity, config.kv_heads, config.head_size)
-        # Zeros and not empty: a masked place has weight 0, but 0 * NaN, which may be in fresh memory, is
-        # NaN.
+        # Zeros, not empty: a masked place has weight 0, but fresh memory may hold NaN, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.group = config.heads // config.kv_heads  # query heads per head of keys
@@ -354,31 +349,32 @@ def pick(logits, uniform, temperature, top_p):
     """Logits (B, V) and one random number in [0, 1) a row (B,) -> token ids (B,), by inverting the CDF."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits.float() / temperature).softmax(-1)
+    probs, token = (logits.float() / temperature).softmax(-1), None  # (B, V)
     if top_p < 1:
-        # The nucleus without a sort, which would take most of a step: bisect for the lowest probability in
-        # it. Tokens within 2^-24 of that one stay in together.
-        low, high = torch.zeros_like(probs[:, :1]), probs.amax(-1, keepdim=True)
-        for _ in range(24):
-            middle = (low + high) / 2
-            enough = probs.where(probs >= middle, 0).sum(-1, keepdim=True) >= top_p
-            low, high = middle.where(enough, low), high.where(enough, middle)
-        probs = probs.where(probs >= low, 0)
+        # The nucleus is nearly always among the 64 likeliest tokens, which cost a fraction of a sort to find. But
+        # to ask if they were enough would make the host wait for a GPU: there, everything is sorted.
+        V = logits.shape[-1]
+        count = V if logits.is_cuda else 64
+        while True:
+            likeliest, token = probs.topk(min(count, V))  # in falling order
+            if count >= V or (likeliest.sum(-1) >= top_p).all():
+                break
+            count *= 8
+        probs = likeliest.where(likeliest.cumsum(-1) - likeliest < top_p, 0)
     cdf = probs.cumsum(-1)
-    return torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)[:, 0]
+    place = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # (B, 1)
+    return (place if token is None else token.gather(1, place))[:, 0]
 
 
 def random_numbers(seed, round, prompt, sample, count):
-    """The numbers (count,) in [0, 1) that this sample of these prompt ids draws with, whatever else is
-    sampled."""
+    """The numbers in [0, 1), (count,), that this sample of these prompt ids draws with, come what may."""
     key = int.from_bytes(hashlib.sha256(np.array(prompt, dtype=np.int64)).digest()[:8], "little")
     return np.random.default_rng([seed, round, key, sample]).random(count, dtype=np.float32)
 
 
 class Flight:
-    """The rows being sampled, in 0 .. len(owner) - 1 without gaps: when a row ends, the last one takes its
-    place, and samples of waiting prompts come in behind. All state is on the device, so that a step waits
-    for nothing."""
+    """The rows being sampled, 0 .. len(owner) - 1. When a row ends, the last one takes its place, and samples
+    of waiting prompts come in behind. All state is on the device, so that a step waits for nothing."""
 
     def __init__(self, model, rows, capacity, max_new_tokens, stop_ids, temperature, top_p):
         device = model.device
@@ -388,8 +384,7 @@ class Flight:
         self.owner = []  # (prompt, sample) of each row
         self.token, self.count, self.limit = torch.zeros(3, rows, device=device, dtype=torch.long)
         self.done = torch.zeros(rows, device=device, dtype=torch.bool)
-        # One column more than an answer can have: what a row draws after its end, until it is taken out,
-        # goes there.
+        # One column more than an answer can have: there goes what a row draws between its end and land().
         self.answer = torch.zeros(rows, max_new_tokens + 1, device=device, dtype=torch.long)
         self.uniform = torch.zeros(rows, max_new_tokens + 1, device=device)
 
@@ -512,8 +507,7 @@ def token_logprobs(model, hidden, targets):
 
 
 def sequence_logprobs(model, prompts, answers):
-    """log pi(answer | prompt), summed over the answer's tokens: B lists of ids each -> (B,), at least
-    float32.
+    """log pi(answer | prompt), summed over the answer's tokens: B lists of ids each -> (B,).
 
     The end token belongs to the answer and counts; the prompt does not. Padding is on the right, where
     causal attention cannot see it, so no mask is needed; what comes out at the padding is not looked at.
@@ -521,8 +515,7 @@ def sequence_logprobs(model, prompts, answers):
     tokens, _ = pad([p + a for p, a in zip(prompts, answers)], model.device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T)
     hidden = model(inputs)  # (B, T, C)
-    # Subtle: a token is scored by the output one place before it, so an answer's scores begin at
-    # len(prompt) - 1.
+    # Subtle: a token is scored by the output one place before it: answers begin at len(prompt) - 1.
     T = inputs.shape[1]
     place = torch.tensor([row * T + t for row, (p, a) in enumerate(zip(prompts, answers))
                           for t in range(len(p) - 1, len(p) + len(a) - 1)], device=tokens.device)  # (N,)
@@ -571,8 +564,7 @@ def dpo_loss(p_w, p_l, r_w, r_l, beta):
 
 
 def implicit_reward(policy, reference):
-    """log pi_t(y|x) - log pi_{t-1}(y|x): DPO's reward over beta, up to a constant per prompt. DICE section
-    3.1"""
+    """log pi_t(y|x) - log pi_{t-1}(y|x): DPO's reward over beta, up to a constant per prompt. DICE 3.1"""
     return policy - reference
 
 
@@ -768,8 +760,7 @@ def train_pairs(run, stage, model, pairs, *, lr, steps):
 
 
 class Run:
-    """Settings, tokenizer, data and output directory of a run. All input is read before anything is
-    written."""
+    """Settings, tokenizer, data and directory of a run. All input is read before anything is written."""
 
     def __init__(self, settings):
         self.settings, self.out = settings, Path(settings.out)
@@ -819,8 +810,7 @@ class Run:
         return prompt
 
     def fitting(self, rows):
-        """Pairs of (where, prompt, chosen, rejected) rows. Those too long are counted and left out, never
-        cut."""
+        """Pairs of (where, prompt, chosen, rejected) rows. Those too long are counted, left out, not cut."""
         limit, pairs, same = min(self.settings.max_tokens, self.config.context), [], 0
         for _, content, chosen, rejected in rows:
             prompt = Prompt(content, self.tokenizer.prompt(content))
@@ -906,8 +896,7 @@ def write_rows(path, rows):
 
 
 def first_models(run):
-    """Directories of (policy, reference) to start the rounds from: the two given, or SFT and DPO from the
-    base."""
+    """Directories of (policy, reference) for the first round: those given, or the base after SFT, DPO."""
     s, policy = run.settings, run.base
     if run.reference:
         return policy, run.reference
@@ -920,8 +909,7 @@ def first_models(run):
 
 
 def supervised(run, base):
-    """Supervised fine-tuning on answers: the tiny world's writer's, or the chosen ones of the offline
-    pairs."""
+    """Supervised fine-tuning on the answers of the tiny world's writer, or the chosen ones of the pairs."""
     s, samples = run.settings, [pair.chosen for pair in run.offline]
     if run.is_tiny and not s.preferences:
         rows = tiny.sft_examples(s.seed)
@@ -982,8 +970,8 @@ def shape_and_pair(samples, settings):
             kept.append(different)
     if not kept:
         cut = sum(x.finish == "length" for x in samples)
-        raise InputError(f"no prompt has {s.min_valid * s.samples:g} valid answers and two different ones ({cut} "
-                         f"of {len(samples)} were cut by the length limit); raise --max-new-tokens or "
+        raise InputError(f"no prompt has {s.min_valid * s.samples:g} valid answers and two different ones "
+                         f"({cut} of {len(samples)} were cut by the length limit); raise --max-new-tokens or "
                          "--temperature, or lower --min-valid")
     reward, length = np.zeros((2, len(kept), s.samples))
     valid = np.zeros((len(kept), s.samples), dtype=bool)

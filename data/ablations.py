@@ -90,7 +90,7 @@ def run_jobs(out, seeds, rounds, workers):
             for job in as_completed(list(jobs)):
                 seed, name = jobs.pop(job)
                 job.result()
-                print(f"seed {seed}: {name or 'SFT and DPO'} done, {len(jobs)} jobs left in the queue", file=sys.stderr)
+                print(f"seed {seed}: {name or 'SFT and DPO'} done; {len(jobs)} jobs to go", file=sys.stderr)
                 if name is None:
                     submit_arms(seed)
                 break
@@ -107,9 +107,9 @@ def collect(out, seeds, rounds):
                 first = row["stage"] in ("sft", "dpo")
                 if first and name != next(iter(ARMS)):
                     continue
-                place = values.setdefault(("" if first else name, row["stage"]), {column: [] for column in COLUMNS})
+                key = "" if first else name, row["stage"]
                 for column in COLUMNS:
-                    place[column].append(np.nan if row[column] is None else row[column])
+                    values.setdefault(key, {}).setdefault(column, []).append(np.nan if row[column] is None else row[column])
     return values
 
 
@@ -147,7 +147,8 @@ def picture(path, values, rounds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. this - 1 (default: 5)")
     parser.add_argument("--rounds", type=int, default=4, help="DICE rounds of each arm (default: 4)")
     parser.add_argument("--out", type=Path, default=Path("out/ablations"), help="default: out/ablations")
