@@ -1,13 +1,13 @@
 """Talk to any checkpoint, or write its answers to a file of prompts for AlpacaEval.
 
-    python sample.py --model out/tiny/round-2/policy                          a chat, turn by turn; Ctrl-D ends it
-    python sample.py --model DIR --prompt "Why is the sky blue?"              the answer alone, on standard output
-    python sample.py --model DIR --raw --prompt "Once upon a time"            the text goes on; no chat format
-    python sample.py --model DIR --prompts alpaca_eval.json --output answers.json
-                                                                              instruction, output and generator of each
+    python sample.py --model out/tiny/round-2/policy                    a chat, turn by turn; Ctrl-D ends it
+    python sample.py --model DIR --prompt "Why is the sky blue?"        the answer alone, on standard output
+    python sample.py --model DIR --raw --prompt "Once upon a time"      the text goes on; no chat format
+    python sample.py --model DIR --prompts alpaca_eval.json --output answers.json     one answer for each row
 
-The sampler is dice.generate, and its knobs mean and default to what they do there. The same seed and prompt give the
-same answer. Each turn of a chat prefills the whole conversation again: simple, and quick enough to type against.
+The sampler is dice.generate, and its knobs mean and default to what they do there. The same seed and prompt
+give the same answer. Each turn of a chat prefills the whole conversation again: simple, and quick enough to
+type against.
 """
 
 import argparse
@@ -25,22 +25,24 @@ import model as models
 from data import jsonl
 from model import InputError
 
-KNOBS = ("model", "chat", "temperature", "top_p", "max_new_tokens", "seed", "device", "dtype", "rows")  # of dice.Settings
+# The knobs of dice.Settings that mean something here
+KNOBS = ("model", "chat", "temperature", "top_p", "max_new_tokens", "seed", "device", "dtype", "rows")
 
 
 def parse(argv):
     """Command line -> (what to do, dice.Settings)."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt", metavar="TEXT", help="answer this and exit; neither this nor --prompts: a chat")
-    parser.add_argument("--raw", action="store_true", help="go on with the text as it stands, without a chat format")
-    parser.add_argument("--prompts", metavar="FILE", help="JSON lines, or one JSON array: answer each prompt")
-    parser.add_argument("--output", metavar="FILE", help="where the answers to --prompts go; must not exist")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, metavar="NAME", help="a name or a Hugging Face directory")
+    add("--prompt", metavar="TEXT", help="answer this and exit; with neither this nor --prompts: a chat")
+    add("--raw", action="store_true", help="go on with the text as it stands, without a chat format")
+    add("--prompts", metavar="FILE", help="JSON lines, or one JSON array: answer each prompt")
+    add("--output", metavar="FILE", help="where the answers to --prompts go: AlpacaEval's form, a new file")
     for f in fields(dice.Settings):
-        if f.name == "model":
-            parser.add_argument("--model", required=True, metavar="NAME", help="a name or a Hugging Face directory")
-        elif f.name in KNOBS:
-            parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
-                                help=f"{f.metadata['help']} (default: {f.default})")
+        if f.name in KNOBS and f.name != "model":
+            add("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
+                help=f"{f.metadata['help']} (default: {f.default})")
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name in KNOBS and value is not None}
     own = {name: value for name, value in models.SETTINGS.get(args.model, {}).items() if name in KNOBS}
@@ -86,9 +88,10 @@ def encode(prompt, raw, model, tokenizer, where):
 
 def sample(model, tokenizer, prompts, settings, on_token=None):
     """Yields (prompt index, text, finish) as the answers end."""
+    s = settings
     for index, _, ids, finish in dice.generate(
-            model, prompts, 1, stop_ids=tokenizer.stop_ids, seed=settings.seed, temperature=settings.temperature,
-            top_p=settings.top_p, max_new_tokens=settings.max_new_tokens, rows=settings.rows, on_token=on_token):
+            model, prompts, 1, stop_ids=tokenizer.stop_ids, seed=s.seed, temperature=s.temperature,
+            top_p=s.top_p, max_new_tokens=s.max_new_tokens, rows=s.rows, on_token=on_token):
         yield index, tokenizer.decode(ids), finish
 
 
@@ -99,8 +102,8 @@ class Stream:
         self.tokenizer, self.ids, self.shown = tokenizer, [], 0
 
     def __call__(self, token):
-        # Subtle: a token may end in the middle of a character, so tokens are not decoded one by one. All of them are,
-        # and what ends in U+FFFD, the mark of a broken character, waits for the next token.
+        # Subtle: a token may end in the middle of a character, so tokens are not decoded one by one. All of
+        # them are, and what ends in U+FFFD, the mark of a broken character, waits for the next token.
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids)
         if not text.endswith("\ufffd"):
@@ -144,7 +147,7 @@ def chat(model, tokenizer, settings):
 
 
 def write_answers(args, model, tokenizer, settings, rows):
-    """AlpacaEval's form of an answer for each (where, row) of the prompts file, in its order, repeated prompts too."""
+    """An answer in AlpacaEval's form for each (where, row) of the prompts file, in its order."""
     prompts = [jsonl.prompt_of(row, where) for where, row in rows]
     ids = [encode(prompt, args.raw, model, tokenizer, where) for prompt, (where, _) in zip(prompts, rows)]
     answers = [None] * len(rows)
@@ -152,8 +155,9 @@ def write_answers(args, model, tokenizer, settings, rows):
         for index, text, _ in sample(model, tokenizer, ids, settings):
             answers[index] = text
             bar.update()
-    table = [{**({"dataset": row["dataset"]} if "dataset" in row else {}), "instruction": prompt, "output": answer,
-              "generator": args.model} for (_, row), prompt, answer in zip(rows, prompts, answers)]
+    table = [{**({"dataset": row["dataset"]} if "dataset" in row else {}),
+              "instruction": prompt, "output": answer, "generator": args.model}
+             for (_, row), prompt, answer in zip(rows, prompts, answers)]
     # All of it or nothing: written beside its final place, then renamed.
     scratch = Path(f"{args.output}.{os.getpid()}.tmp")
     try:

@@ -6,8 +6,8 @@ Prompts ask for one to three facts about an animal and an imperfect writer answe
     win_rates   turns gold scores and lengths into a win rate and a length-controlled win rate
 
     "Tell me the home and skill of the bat."
-    "Sure. The bat lives in a cave. The bat can hang upside down. Hope this helps."         judged  1.0
-    "What a silly question. The bat sleeps in a pond. By the way, I like jazz. Take care."  judged -2.5
+    "Glad you asked me this. The bat lives in a cave and can hang upside down. Have fun."   judged  1.0
+    "What a bore. The bat sleeps in a pond. By the way, I sing. Take care."                 judged -2.5
 
 Everything here is text, nothing is downloaded, and the same seed gives the same data. Use ONE seed for all
 the functions of an experiment: the seed also draws the split into training and held-out prompts.
@@ -24,19 +24,20 @@ import numpy as np
 SFT_EXAMPLES = 40_000  # answers for the supervised start: about 40 for each of the 1024 training prompts
 PREFERENCES = 2048     # offline pairs; they walk through the training prompts, so 2 for each of the 1024
 ANIMALS = 32           # how many rows of TABLE are used (the first ones), 40 prompts each; at most 32
+DICE_PROMPTS = 256     # training prompts that are sampled for, the same in every round
 HELD_OUT = 256         # prompts kept for evaluation, 8 per animal; fewer takes a random part of them
 
 # The writer. Its commonest claim about a fact is the true one: there is something to be sharpened.
-RUDE = 0.25            # chance that the answer opens with a rude sentence
-OPENER = 0.3           # chance of a polite opener where it is not rude
-LEFT_OUT = 0.2         # chance that an asked fact is not mentioned (the last one left always is)
+RUDE = 0.3             # chance that the answer opens with a rude sentence
+OPENER = 1.0           # chance of a polite opener where it is not rude
+LEFT_OUT = 0.1         # chance that an asked fact is not mentioned (the last one left always is)
 WRONG = 0.35           # chance that a claim is false
 MISTAKES = 3           # false values the writer has for each fact, 1 to 11. Many would be rare each, so
                        # that any cut of the tail in sampling (min-p, top-p) removed them for free
-OFF_TOPIC = 0.25       # chance of one sentence about something else, after the claims
+OFF_TOPIC = 0.3        # chance of one sentence about something else, after the claims
 
 # The annotator: P(a preferred to b) = sigmoid(SHARPNESS * gold difference + LENGTH_BIAS * length difference)
-# As set it agrees with the judge on 69% of the pairs, and its chosen answers are 8 characters longer.
+# As set it agrees with the judge on 68% of the pairs, and its chosen answers are 6 characters longer.
 SHARPNESS = 1.0        # per unit of gold score; one rude sentence is one unit. Lower is noisier
 LENGTH_BIAS = 0.02     # per CHARACTER, the unit of the length shaping in DICE; one closer is 9 to 16
 
@@ -84,17 +85,20 @@ VERBS = dict(colour=("is", "looks"), home=("lives", "sleeps"), food=("eats", "li
 
 # Each kind of sentence has first words of its own. Subtle: where two kinds share them ("It is ..."), a tiny
 # model that learns to say more of one says more of the other, and the reward of both is blurred.
-OPENERS = ("Sure.", "Of course.", "Happy to help.")
-RUDENESS = ("Figure it out yourself.", "What a silly question.", "Nobody cares.")
-ASIDES = ("By the way, I like jazz.", "Meanwhile, the bus is late.", "Anyway, it rained today.")
+OPENERS = ("Glad you asked me this.", "Of course I can help you.", "Happy to tell you more.")
+RUDENESS = ("Figure it out.", "What a bore.", "Nobody cares.")
+ASIDES = ("By the way, I sing.", "Meanwhile, it rains.", "Anyway, I am here.")
 # Closers come in this order, and no answer says one twice: a model this small does not keep count of what
 # it has said, and a world that pays for saying it again teaches it to babble.
 CLOSERS = ("Hope this helps.", "Take care.", "Have fun.", "Good luck.", "Come back soon.")
 
 
-def claim(animal, attribute, value, verb):
-    """One sentence: claim("bat", "home", "in a cave", "lives") is "The bat lives in a cave."."""
-    return f"The {animal} {verb} {value}."
+def statement(animal, clauses):
+    """All claims in one sentence: statement("bat", ["lives in a cave", "is brown"]) is "The bat lives in a cave and
+    is brown.". Subtle: its "and" says which claim is the last one. Where every claim is a sentence of its own, a
+    model this small, rewarded for claims, does not learn when it has made them all, and goes on."""
+    *others, last = clauses
+    return f"The {animal} {', '.join(others) + ' and ' if others else ''}{last}."
 
 
 def question(animal, asked):
@@ -107,12 +111,23 @@ def question(animal, asked):
 # Text to meaning, for everything that can be said: the judge looks sentences up and never has to guess.
 PROMPTS = {question(animal, asked): (animal, asked)
            for animal in FACTS for n in (1, 2, 3) for asked in permutations(ATTRIBUTES, n)}
-SENTENCES = {claim(animal, attribute, value, verb): ("claim", (animal, attribute, value))
-             for animal in FACTS for attribute in ATTRIBUTES
-             for value in VALUES[attribute] for verb in VERBS[attribute]}
-SENTENCES |= {text: (kind, text)
-              for kind, texts in (("polite", OPENERS + CLOSERS), ("rude", RUDENESS), ("off-topic", ASIDES))
-              for text in texts}
+CLAUSES = {f"{verb} {value}": (attribute, value)
+           for attribute in ATTRIBUTES for value in VALUES[attribute] for verb in VERBS[attribute]}
+KINDS = {text: kind for kind, texts in (("polite", OPENERS + CLOSERS), ("rude", RUDENESS), ("off-topic", ASIDES))
+         for text in texts}
+
+
+def parse(sentence):
+    """A statement -> [(animal, attribute, value) of each claim]; [] for any other sentence."""
+    match = re.fullmatch(r"The (\w+) (.*)\.", sentence)
+    if not match or match[1] not in FACTS:
+        return []
+    for cut in re.finditer(" and |$", match[2]):  # at the right one: "black and white" has an "and" of its own
+        head, last = match[2][:cut.start()], match[2][cut.end():]
+        clauses = [*head.split(", "), last] if last else [head]
+        if all(clause in CLAUSES for clause in clauses):
+            return [(match[1], *CLAUSES[clause]) for clause in clauses]
+    return []
 
 
 # ---------------------------------------------------------------------------------------- the data
@@ -138,9 +153,9 @@ def preferences(seed: int) -> list[dict]:
 
 
 def training_prompts(seed: int) -> list[str]:
-    """Every prompt of the training split, shuffled: 1024 when there are 32 animals."""
+    """DICE_PROMPTS prompts of the training split, of which 32 animals have 1024, shuffled."""
     prompts = split(seed)[0]
-    return [prompts[i] for i in np.random.default_rng([seed, 3]).permutation(len(prompts))]
+    return [prompts[i] for i in np.random.default_rng([seed, 3]).permutation(len(prompts))[:DICE_PROMPTS]]
 
 
 def held_out_prompts(seed: int) -> list[str]:
@@ -176,14 +191,17 @@ def write(prompt, rng):
         sentences.append(pick(RUDENESS))
     elif rng.random() < OPENER:
         sentences.append(pick(OPENERS))
+    clauses = []
     for attribute in [a for a in asked if rng.random() >= LEFT_OUT] or [pick(asked)]:
         value, values = FACTS[animal][attribute], VALUES[attribute]
         if rng.random() < WRONG:
             value = values[(values.index(value) + 1 + rng.integers(MISTAKES)) % len(values)]
-        sentences.append(claim(animal, attribute, value, pick(VERBS[attribute])))
-    if rng.random() < OFF_TOPIC:
-        sentences.append(pick(ASIDES))
+        clauses.append(f"{pick(VERBS[attribute])} {value}")
+    sentences.append(statement(animal, clauses))
     closers = rng.permutation(len(CLOSERS))[:rng.integers(len(CLOSERS) + 1)]
+    if rng.random() < OFF_TOPIC:  # in the place of a closer: bad answers must not be the longer ones
+        sentences.append(pick(ASIDES))
+        closers = closers[1:]
     return " ".join(sentences + [CLOSERS[i] for i in sorted(closers)])
 
 
@@ -197,11 +215,11 @@ def annotator(prompt, a, b):
 def judge(prompt: str, answer: str) -> float:
     """The gold score of an answer: 1 for a perfect one, 0 for silence, below 0 for worse than silence.
 
-        (right - wrong) / asked - rude - off-topic - garbled - 0.5 repeated        (counts of sentences)
+        (right - wrong) / asked - rude - off-topic - garbled - 0.5 repeated            (counts)
 
     A false claim or one about another animal is wrong; a claim about an attribute nobody asked for is
-    off-topic, true or not; a sentence that is not exactly one of the world's is garbled. One that says the
-    same thing again is repeated, on top of what it costs by itself, and is not right a second time. Length,
+    off-topic, true or not; a sentence that is not exactly one of the world's is garbled. What says the same
+    thing again is repeated, on top of what it costs by itself, and is not right a second time. Length,
     order and polite sentences count nothing.
     """
     if prompt not in PROMPTS:
@@ -210,17 +228,17 @@ def judge(prompt: str, answer: str) -> float:
     right = wrong = faults = repeated = 0
     said = set()
     for sentence in re.split(r"(?<=\.) ", answer) if answer else []:
-        kind, meaning = SENTENCES.get(sentence, ("garbled", sentence))
-        again = meaning in said
-        said.add(meaning)
-        repeated += again
-        if kind == "claim" and meaning[1] in asked:
-            about, attribute, value = meaning
-            true = about == animal and value == FACTS[animal][attribute]
-            right += true and not again
-            wrong += not true
-        elif kind != "polite":
-            faults += 1  # rude, garbled or off-topic
+        for meaning in parse(sentence) or [sentence]:
+            again = meaning in said
+            said.add(meaning)
+            repeated += again
+            if meaning == sentence or meaning[1] not in asked:
+                faults += KINDS.get(sentence) != "polite"  # rude, garbled or off-topic
+            else:
+                about, attribute, value = meaning
+                true = about == animal and value == FACTS[animal][attribute]
+                right += true and not again
+                wrong += not true
     return (right - wrong) / len(asked) - faults - 0.5 * repeated
 
 
@@ -283,7 +301,7 @@ def write_tokenizer(directory: Path) -> None:
 
 def words():
     """Every word and mark of the world as GPT-2's pattern cuts them; the first has no space before it."""
-    texts = [*PROMPTS, "The", *OPENERS, *RUDENESS, *(" " + sentence for sentence in SENTENCES)]
+    texts = [*PROMPTS, "The", *OPENERS, *RUDENESS, *(f" {text}" for text in ("The", *FACTS, *CLAUSES, *KINDS))]
     return {word for text in texts for word in re.findall(r" ?[A-Za-z]+|[.,]", text)}
 
 

@@ -1,19 +1,20 @@
-"""How fast, in how much memory: sampling, scoring and DPO training, next to transformers and trl where installed.
+"""How fast, in how much memory: sampling, scoring and DPO training beside transformers and trl if installed.
 
-    python tests/bench.py                                              25M parameters, float32, CPU: about ten minutes
-    python tests/bench.py --device cuda --model-shape llama3-8b        bfloat16, random weights, 16 GB of scratch space
+    python tests/bench.py                                         25M parameters, float32, CPU: ten minutes
+    python tests/bench.py --device cuda --model-shape llama3-8b   bfloat16; writes 16 GB of scratch weights
 
-Every line of the table is a process of its own, with the same weights from the same directory, the same work and the
-same number of threads, one after the other; its peak memory is the process's (on a GPU: what torch allocated).
-Useful tokens are real ones: no padding, nothing after the end token. The floor is the time that the arithmetic alone
-would take at the rate of a large matrix product, measured in the same run: two operations per weight and token forward
-and four backward (the head's weights only where a token is predicted), and the causal half of attention.
+Every line of the table is a process of its own, one after the other, with the same weights from the same
+directory, the same work and the same number of threads. Its peak memory is the process's (on a GPU: what
+torch allocated). Useful tokens are real ones: no padding, nothing after the end token. The floor is the
+time that the arithmetic alone would take at the rate of a large matrix product, measured in the same run:
+two operations per weight and token forward and four backward (the head's weights only where a token is
+predicted), and the causal half of attention.
 
-    sampling    K = 16 answers for each prompt. Weights are random and one id in a hundred is a stop id, so at
-                temperature 1 lengths are geometric with a mean of 100, on both sides, and 512 is the limit.
-    scoring     log-probs of answers with such lengths. transformers: a plain forward over padded rows, log_softmax
-    training    DPO, batch 8, prompts of 20-80 and answers of 10-400 tokens. Ours includes scoring the reference
-                first; trl's is DPOTrainer with its defaults but float32, and in its fastest setting
+    sampling    K = 16 answers for each prompt. Weights are random and one id in a hundred is a stop id, so
+                at temperature 1 lengths are geometric with a mean of 100, on both sides; the limit is 512
+    scoring     log-probs of answers with such lengths; transformers: a plain forward of padded rows
+    training    DPO, batch 8, prompts of 20-80 and answers of 10-400 tokens. Ours includes scoring the
+                reference first; trl's is DPOTrainer with its defaults but float32, and at its fastest
 """
 
 import argparse
@@ -38,14 +39,15 @@ import model as models
 from data import tiny
 
 SHAPES = {
-    "25m": (models.Config(vocab_size=32000, context=1024, layers=8, width=384, heads=8, kv_heads=4, head_size=48,
-                          hidden=1024, tied=True), dict(prompts=8, pairs=40)),
+    "25m": (models.Config(vocab_size=32000, context=1024, layers=8, width=384, heads=8, kv_heads=4,
+                          head_size=48, hidden=1024, tied=True), dict(prompts=8, pairs=40)),
     "llama3-8b": (models.Config(vocab_size=128256, context=8192, layers=32, width=4096, heads=32, kv_heads=8,
-                                head_size=128, hidden=14336, rope_theta=500000.0), dict(prompts=32, pairs=64)),
+                                head_size=128, hidden=14336, rope_theta=500000.0),
+                  dict(prompts=32, pairs=64)),
 }
 K, MAX_NEW, BATCH = 16, 512, 8
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # The work: the same for both sides
 
 
@@ -73,7 +75,7 @@ def answers_of(config, sizes):
 def pairs_of(config, sizes):
     """(prompt, chosen, rejected) ids to train on."""
     rng = np.random.default_rng(2)
-    return [(ids(rng, config, rng.integers(20, 80)), *(ids(rng, config, rng.integers(10, 400)) for _ in range(2)))
+    return [[ids(rng, config, rng.integers(low, high)) for low, high in ((20, 80), (10, 400), (10, 400))]
             for _ in range(sizes["pairs"])]
 
 
@@ -81,35 +83,39 @@ def forward_flops(config, prompt, answer):
     """Operations of one forward pass over a prompt and an answer of these many tokens."""
     total = sum(int(np.prod(shape)) for shape in models.parameter_shapes(config).values())
     head = config.vocab_size * config.width
-    body, n = total - head * (1 if config.tied else 2), prompt + answer  # looking up an embedding is no arithmetic
+    body = total - head * (1 if config.tied else 2)  # looking up an embedding is no arithmetic
+    n = prompt + answer
     return 2 * body * n + 2 * head * answer + 2 * config.layers * config.heads * config.head_size * n * n
 
 
 def sampling_result(config, prompts, answers):
     """answers: (prompt index, length) each. The prompt is needed once, not K times."""
-    flops = sum(forward_flops(config, len(prompts[i]), n) - forward_flops(config, len(prompts[i]), 0) for i, n in answers)
+    prefill = [forward_flops(config, len(p), 0) for p in prompts]
+    flops = sum(prefill) + sum(forward_flops(config, len(prompts[i]), n) - prefill[i] for i, n in answers)
     lengths = [n for _, n in answers]
-    return {"tokens": sum(lengths), "flops": flops + sum(forward_flops(config, len(p), 0) for p in prompts),
+    return {"tokens": sum(lengths), "flops": flops,
             "note": f"{len(lengths)} answers, mean {np.mean(lengths):.0f}, longest {max(lengths)}"}
 
 
 def scoring_result(config, rows, logprobs):
-    return {"tokens": sum(len(p) + len(a) for p, a in rows), "note": f"mean log-prob {np.mean(logprobs):.3f}",
-            "flops": sum(forward_flops(config, len(p), len(a)) for p, a in rows)}
+    return {"tokens": sum(len(p) + len(a) for p, a in rows),
+            "flops": sum(forward_flops(config, len(p), len(a)) for p, a in rows),
+            "note": f"mean log-prob {np.mean(logprobs):.3f}"}
 
 
 def training_result(config, pairs, loss):
     """Policy forward and backward (three forwards' worth) and one forward of the reference."""
-    return {"tokens": sum(len(p) + len(a) for p, *both in pairs for a in both), "note": f"loss {loss:.4f}",
-            "flops": 4 * sum(forward_flops(config, len(p), len(a)) for p, *both in pairs for a in both)}
+    return {"tokens": sum(len(p) + len(a) for p, *both in pairs for a in both),
+            "flops": 4 * sum(forward_flops(config, len(p), len(a)) for p, *both in pairs for a in both),
+            "note": f"loss {loss:.4f}"}
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Our side. Each function loads what it needs and returns a function that does the work once.
 
 
-def our_settings(args, **more):
-    return dice.Settings(device=args.device, dtype=str(dtype_of(args)).removeprefix("torch."), batch=BATCH, **more)
+def our_settings(args):
+    return dice.Settings(device=args.device, dtype=name_of(dtype_of(args)), batch=BATCH)
 
 
 def our_samples(rows):
@@ -141,13 +147,13 @@ def our_training(args, config, sizes):
         samples = our_samples([(p, a) for p, *both in rows for a in both])
         for x, value in zip(samples, dice.score(net, samples, run.settings.score_tokens, "reference")):
             x.policy = value
-        pairs = [dice.Pair(chosen, rejected, "replayed") for chosen, rejected in zip(samples[::2], samples[1::2])]
+        pairs = [dice.Pair(*both, "replayed") for both in zip(samples[::2], samples[1::2])]
         dice.train_pairs(run, "dpo", net, pairs, lr=1e-7, steps=len(pairs))
         return training_result(config, rows, log[-1]["loss"])
     return work
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # transformers and trl
 
 
@@ -160,13 +166,15 @@ def their_model(args):
 def their_sampling(args, config, sizes):
     net, prompts = their_model(args), prompts_of(config, sizes)
     width = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=args.device)  # padded on the left
+    # padded on the left
+    tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=args.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=args.device)
 
     def work():
         torch.manual_seed(0)
         out = net.generate(tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                           num_return_sequences=K, max_new_tokens=MAX_NEW, eos_token_id=stop_ids(config), pad_token_id=0)
+                           num_return_sequences=K, max_new_tokens=MAX_NEW, eos_token_id=stop_ids(config),
+                           pad_token_id=0)
         answers = []
         for i, row in enumerate(out[:, width:].tolist()):
             ends = [t for t, token in enumerate(row) if token < config.vocab_size // 100]
@@ -184,10 +192,11 @@ def their_scoring(args, config, sizes):
         for start in range(0, len(rows), BATCH):
             some = rows[start:start + BATCH]
             tokens, _ = dice.pad([p + a for p, a in some], args.device)
-            mask = torch.stack([torch.arange(tokens.shape[1]) < len(p) + len(a) for p, a in some]).to(args.device)
-            logprobs = net(tokens, attention_mask=mask).logits.float().log_softmax(-1)[:, :-1]
-            logprobs = logprobs.gather(-1, tokens[:, 1:, None])[..., 0]
-            scores += [row[len(p) - 1:len(p) + len(a) - 1].sum().item() for row, (p, a) in zip(logprobs, some)]
+            mask = torch.stack([torch.arange(tokens.shape[1]) < len(p) + len(a) for p, a in some])
+            logits = net(tokens, attention_mask=mask.to(args.device)).logits.float()
+            logprobs = logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+            for row, (p, a) in zip(logprobs, some):
+                scores.append(row[len(p) - 1:len(p) + len(a) - 1].sum().item())
         return scoring_result(config, rows, scores)
     return work
 
@@ -198,8 +207,8 @@ def their_training(args, config, sizes, **knobs):
     from trl import DPOConfig, DPOTrainer
 
     class Pretokenised(DPOTrainer):
-        def _prepare_dataset(self, dataset, *rest):  # ours holds ids already, under the names that it would write
-            return dataset
+        def _prepare_dataset(self, dataset, *rest):
+            return dataset  # it holds ids already, under the names that this would have written
 
     rows, net = pairs_of(config, sizes), their_model(args)
     data = Dataset.from_dict(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(list, zip(*rows)))))
@@ -208,9 +217,10 @@ def their_training(args, config, sizes, **knobs):
         cpu = args.device == "cpu"
         trainer = Pretokenised(
             net, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(args.weights),
-            args=DPOConfig(output_dir=tempfile.mkdtemp(dir=Path(args.weights).parent), report_to=[], use_cpu=cpu,
-                           save_strategy="no", disable_tqdm=True, bf16=not cpu, max_length=None, learning_rate=1e-7,
-                           num_train_epochs=1, per_device_train_batch_size=BATCH, **knobs))
+            args=DPOConfig(output_dir=tempfile.mkdtemp(dir=Path(args.weights).parent), save_strategy="no",
+                           report_to=[], disable_tqdm=True, use_cpu=cpu, bf16=not cpu, max_length=None,
+                           learning_rate=1e-7, num_train_epochs=1, per_device_train_batch_size=BATCH,
+                           **knobs))
         started = time.perf_counter()
         loss = trainer.train().training_loss
         return {**training_result(config, rows, loss), "seconds": time.perf_counter() - started}
@@ -228,11 +238,15 @@ WORK = {  # task: {who: (function, the package it needs)}; the first is ours
                  "DPOTrainer, fastest": (their_fast_training, "trl")},
 }
 
-# ----------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 
 
 def dtype_of(args):
     return torch.float32 if args.device == "cpu" else torch.bfloat16
+
+
+def name_of(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 def wait(args):
@@ -266,7 +280,8 @@ def one(args):
         wait(args)
         result.setdefault("seconds", time.perf_counter() - started)
         if repeat == 0:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+            unit = 1 if sys.platform == "darwin" else 1024
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             memory = memory if args.device == "cpu" else torch.cuda.max_memory_allocated()
         best = min(best or result, result, key=lambda r: r["seconds"])
     print(json.dumps({**best, "memory": memory}))
@@ -277,8 +292,8 @@ def table(args):
     rate = matrix_rate(args)
     if args.device != "cpu":
         torch.cuda.empty_cache()
-    print(f"{args.model_shape}, {str(dtype_of(args)).removeprefix('torch.')}, {args.device}, {torch.get_num_threads()} "
-          f"threads, torch {torch.__version__}; a large matrix product runs at {rate / 1e9:.0f} GFLOP/s\n")
+    print(f"{args.model_shape}, {name_of(dtype_of(args))}, {args.device}, {torch.get_num_threads()} threads,"
+          f" torch {torch.__version__}; a large matrix product runs at {rate / 1e9:.0f} GFLOP/s\n")
     print("| task | who | useful tokens/s | dice is faster by | peak memory | share of the floor | |")
     print("|---|---|---|---|---|---|---|")
     for task, sides in WORK.items():
@@ -288,27 +303,33 @@ def table(args):
                 print(f"| {task} | {who} | | | | | {package} is not installed |")
                 continue
             result = subprocess.run(
-                [sys.executable, __file__, "--only", f"{task}/{who}", "--weights", str(args.weights), "--device", args.device,
-                 "--model-shape", args.model_shape, "--repeat", str(args.repeat), "--threads", str(torch.get_num_threads())],
-                capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+                [sys.executable, __file__, "--only", f"{task}/{who}", "--weights", str(args.weights),
+                 "--device", args.device, "--model-shape", args.model_shape, "--repeat", str(args.repeat),
+                 "--threads", str(torch.get_num_threads())],
+                capture_output=True, text=True,
+                env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
             if result.returncode:
-                print(f"| {task} | {who} | | | | | failed: {(result.stderr.strip().splitlines() or ['killed'])[-1][:80]} |")
+                error = (result.stderr.strip().splitlines() or ["killed"])[-1][:80]
+                print(f"| {task} | {who} | | | | | failed: {error} |", flush=True)
                 continue
             line = json.loads(result.stdout.strip().splitlines()[-1])
             speed = line["tokens"] / line["seconds"]
             ours = ours or speed
-            print(f"| {task} | {who} | {speed:,.0f} | {ours / speed:.2f}x | {line['memory'] / 2**30:.2f} GB | "
-                  f"{line['flops'] / rate / line['seconds']:.0%} | {line['note']}, {line['seconds']:.1f} s |", flush=True)
+            print(f"| {task} | {who} | {speed:,.0f} | {ours / speed:.2f}x | {line['memory'] / 2**30:.2f} GB "
+                  f"| {line['flops'] / rate / line['seconds']:.0%} "
+                  f"| {line['note']}, {line['seconds']:.1f} s |", flush=True)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
-    parser.add_argument("--model-shape", choices=SHAPES, default="25m", help="(default: 25m)")
-    parser.add_argument("--repeat", type=int, default=1, help="do all work so often, report the fastest (default: 1)")
-    parser.add_argument("--threads", type=int, default=0, help="threads of torch (default: torch's own choice)")
-    parser.add_argument("--only", metavar="TASK/WHO", help=argparse.SUPPRESS)
-    parser.add_argument("--weights", metavar="DIR", help=argparse.SUPPRESS)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    add("--model-shape", choices=SHAPES, default="25m", help="(default: 25m)")
+    add("--repeat", type=int, default=1, help="do the work so often, report the fastest (default: 1)")
+    add("--threads", type=int, default=0, help="threads of torch (default: torch's own choice)")
+    add("--only", metavar="TASK/WHO", help=argparse.SUPPRESS)
+    add("--weights", metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -318,7 +339,8 @@ def main():
         args.weights, config = Path(scratch) / "weights", SHAPES[args.model_shape][0]
         tiny.write_tokenizer(Path(scratch))
         net = dice.new_model(config, 0)
-        models.write_checkpoint(args.weights, config, net.state_dict(), models.read_tokenizer(scratch), dtype_of(args))
+        tokenizer = models.read_tokenizer(scratch)
+        models.write_checkpoint(args.weights, config, net.state_dict(), tokenizer, dtype_of(args))
         del net
         table(args)
 

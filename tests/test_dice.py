@@ -418,10 +418,8 @@ def test_a_non_finite_loss_stops_before_the_step():
 
 @pytest.fixture
 def small_world(monkeypatch):
-    for name, value in (("SFT_EXAMPLES", 2000), ("PREFERENCES", 40), ("HELD_OUT", 6)):
+    for name, value in (("SFT_EXAMPLES", 2000), ("PREFERENCES", 40), ("HELD_OUT", 6), ("DICE_PROMPTS", 10)):
         monkeypatch.setattr(tiny, name, value)
-    prompts = tiny.training_prompts
-    monkeypatch.setattr(tiny, "training_prompts", lambda seed: prompts(seed)[:10])
     return ["--sft-steps", "120", "--sft-lr", "0.01", "--dpo-steps", "2", "--steps", "2", "--samples", "4",
             "--batch", "4", "--seed", "3"]
 

@@ -20,22 +20,28 @@ THREE = "Tell me the colour, home and food of the bat."
 @pytest.mark.parametrize("prompt, answer, gold", [
     (ONE, "The bat lives in a cave.", 1),
     (ONE, "The bat sleeps in a cave.", 1),                                    # the other verb says the same
-    (TWO, "The bat lives in a cave. The bat can hang upside down.", 1),
-    (TWO, "The bat can hang upside down. The bat lives in a cave.", 1),          # order is free
-    (THREE, "The bat is brown. The bat eats moths.", 2 / 3),                     # one omitted
-    (TWO, "Of course. The bat lives in a cave. The bat can hang upside down. Take care. Good luck.", 1),
+    (TWO, "The bat lives in a cave and can hang upside down.", 1),
+    (TWO, "The bat can hang upside down and lives in a cave.", 1),               # order is free
+    (TWO, "The bat lives in a cave. The bat can hang upside down.", 1),          # so are two sentences
+    (THREE, "The bat is brown, lives in a cave and eats moths.", 1),
+    (THREE, "The bat is brown and eats moths.", 2 / 3),                          # one omitted
+    ("Tell me the skill and colour of the bee.", "The bee can make honey and is black and yellow.", 1),
+    ("Tell me the colour and skill of the bee.", "The bee is black and yellow and can make honey.", 1),
+    (TWO, "Of course I can help you. The bat lives in a cave and can hang upside down. Take care. Good luck.", 1),
     (ONE, "", 0),
-    (ONE, "Sure. Hope this helps.", 0),
+    (ONE, "Happy to tell you more. Hope this helps.", 0),
     (ONE, "The bat lives in a pond.", -1),
-    (THREE, "The bat is pink. The bat lives in a cave. The bat eats grass.", -1 / 3),
-    (ONE, "The bat lives in a cave. The bat lives in a pond.", 0),               # hedging gains nothing
+    (THREE, "The bat is pink, lives in a cave and eats grass.", -1 / 3),
+    (ONE, "The bat lives in a cave and lives in a pond.", 0),                    # hedging gains nothing
     (ONE, "The bear lives in the forest.", -1),                                  # true, about another animal
     (TWO, "The bear lives in a cave. The bat can hang upside down.", 0),
-    (ONE, "The bat lives in a cave. The bat is brown.", 0),                      # true, nobody asked
-    (ONE, "The bat lives in a cave. Anyway, it rained today.", 0),
+    (ONE, "The bat lives in a cave and is brown.", 0),                           # true, nobody asked
+    (TWO, "The bat lives in a cave, can hang upside down.", -1),                 # not English: garbled
+    (THREE, "The bat is brown and lives in a cave and eats moths.", -1),
+    (ONE, "The bat lives in a cave. Anyway, I am here.", 0),
     (ONE, "Nobody cares. The bat lives in a cave.", 0),
     (ONE, "The bat lives in a cave. The bat lives in a cave.", 0.5),
-    (ONE, "The bat lives in a cave. The bat sleeps in a cave.", 0.5),            # the same said otherwise
+    (ONE, "The bat lives in a cave and sleeps in a cave.", 0.5),                 # the same said otherwise
     (ONE, "The bat lives in a pond. The bat lives in a pond.", -2.5),
     (ONE, "The bat lives in a cave. Take care. Take care. Take care.", 0),
     (ONE, "Nobody cares. Nobody cares.", -2.5),
@@ -64,16 +70,15 @@ def test_judge_is_blind_to_length_and_refuses_other_prompts():
 
 def test_every_prompt_has_a_perfect_answer_and_every_fact_a_false_one():
     for prompt, (animal, asked) in tiny.PROMPTS.items():
-        truth = [tiny.claim(animal, a, tiny.FACTS[animal][a], tiny.VERBS[a][0]) for a in asked]
-        assert tiny.judge(prompt, " ".join(truth)) == 1
+        truth = tiny.statement(animal, [f"{tiny.VERBS[a][0]} {tiny.FACTS[animal][a]}" for a in asked])
+        assert tiny.judge(prompt, truth) == 1
     assert len(tiny.FACTS) == 32 and all(len(facts) == 4 for facts in tiny.FACTS.values())
     assert min(len(values) for values in tiny.VALUES.values()) > 11  # MISTAKES may be 1 to 11
 
 
 def test_kinds_of_sentences_share_no_first_word():
-    claims = [text for text, (kind, _) in tiny.SENTENCES.items() if kind == "claim"]
     firsts = [{text.split()[0].strip(",.") for text in texts}
-              for texts in (claims, tiny.OPENERS, tiny.CLOSERS, tiny.RUDENESS, tiny.ASIDES)]
+              for texts in (["The bat is brown."], tiny.OPENERS, tiny.CLOSERS, tiny.RUDENESS, tiny.ASIDES)]
     assert len(set().union(*firsts)) == sum(map(len, firsts)) == 1 + 3 + 5 + 3 + 3
 
 
@@ -85,8 +90,10 @@ def combination(prompt):
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_held_out_combinations_occur_nowhere_else_but_their_facts_do(seed):
-    held_out, training = tiny.held_out_prompts(seed), tiny.training_prompts(seed)
+    held_out, training = tiny.held_out_prompts(seed), tiny.split(seed)[0]
     assert len(set(held_out)) == 256 and len(set(training)) == len(training) == 1024
+    sampled = tiny.training_prompts(seed)
+    assert len(set(sampled)) == tiny.DICE_PROMPTS and set(sampled) <= set(training)
     used = set(training)
     used |= {row["prompt"] for row in tiny.sft_examples(seed)}
     used |= {row["prompt"] for row in tiny.preferences(seed) if row["chosen"] != row["rejected"]}
@@ -102,8 +109,8 @@ def test_fewer_animals_held_out_prompts_and_pairs(monkeypatch):
     monkeypatch.setattr(tiny, "ANIMALS", 20)
     monkeypatch.setattr(tiny, "HELD_OUT", 50)
     monkeypatch.setattr(tiny, "PREFERENCES", 512)
-    assert len(tiny.training_prompts(0)) == 20 * 32 and len(tiny.held_out_prompts(0)) == 50
-    assert {tiny.PROMPTS[p][0] for p in tiny.training_prompts(0)} == set(list(tiny.FACTS)[:20])
+    assert len(tiny.split(0)[0]) == 20 * 32 and len(tiny.held_out_prompts(0)) == 50
+    assert {tiny.PROMPTS[p][0] for p in tiny.split(0)[0]} == set(list(tiny.FACTS)[:20])
     assert len({row["prompt"] for row in tiny.preferences(0)}) == 512  # below 640 pairs: no prompt twice
 
 
@@ -120,7 +127,8 @@ def test_the_writer_is_as_imperfect_as_stated():
         animal, asked = tiny.PROMPTS[row["prompt"]]
         sentences = re.split(r"(?<=\.) ", row["chosen"])
         assert len(set(sentences)) == len(sentences)
-        claims = [m for kind, m in map(tiny.SENTENCES.__getitem__, sentences) if kind == "claim"]
+        claims = [claim for sentence in sentences for claim in tiny.parse(sentence)]
+        assert all(sentence in tiny.KINDS or tiny.parse(sentence) for sentence in sentences)
         order = [asked.index(attribute) for _, attribute, _ in claims]
         assert claims and order == sorted(set(order)) and {about for about, _, _ in claims} == {animal}
         closers = [tiny.CLOSERS.index(s) for s in sentences if s in tiny.CLOSERS]
@@ -139,7 +147,8 @@ def test_the_writer_is_as_imperfect_as_stated():
     assert counts["rude"] / n == pytest.approx(tiny.RUDE, abs=0.01)
     assert counts["opened"] / n == pytest.approx((1 - tiny.RUDE) * tiny.OPENER, abs=0.01)
     assert counts["aside"] / n == pytest.approx(tiny.OFF_TOPIC, abs=0.01)
-    assert counts["closers"] / n == pytest.approx(len(tiny.CLOSERS) / 2, abs=0.05)
+    assert counts["closers"] / n == pytest.approx(
+        len(tiny.CLOSERS) / 2 - tiny.OFF_TOPIC * len(tiny.CLOSERS) / (len(tiny.CLOSERS) + 1), abs=0.05)
     assert counts["false"] / counts["claims"] == pytest.approx(tiny.WRONG, abs=0.01)
     said = 1 - tiny.LEFT_OUT + tiny.LEFT_OUT ** 3 / 3
     assert counts["wide"] / counts["asked"] == pytest.approx(said, abs=0.01)
@@ -153,9 +162,9 @@ def differences(rows):
 
 
 def test_annotator_probability_by_hand():
-    """Gold 1 against -1, 24 against 51 characters: the logit is SHARPNESS * 2 - LENGTH_BIAS * 27."""
-    a, b = "The bat lives in a cave.", "The bat lives in a pond. Have fun. Good luck. Sure."
-    logit = tiny.SHARPNESS * 2 - tiny.LENGTH_BIAS * 27
+    """Gold 1 against -1, 24 against 56 characters: the logit is SHARPNESS * 2 - LENGTH_BIAS * 32."""
+    a, b = "The bat lives in a cave.", "The bat lives in a pond. Have fun. Good luck. Take care."
+    logit = tiny.SHARPNESS * 2 - tiny.LENGTH_BIAS * 32
     assert tiny.annotator(ONE, a, b) == pytest.approx(1 / (1 + math.exp(-logit)), rel=1e-12)
     assert tiny.annotator(ONE, a, b) + tiny.annotator(ONE, b, a) == pytest.approx(1)
 
