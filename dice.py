@@ -41,7 +41,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as models
@@ -270,9 +269,16 @@ class Transformer(nn.Module):
             x = layer(x, position, rope, cache, mask)
         return self.norm(x)
 
+    def head_inputs(self, hidden):
+        """What is multiplied to make logits, hidden states (..., C) and weight (V, C), in the dtype for it."""
+        weight = self.embed.weight if self.head is None else self.head.weight
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        return hidden.to(dtype), weight.to(dtype)
+
     def logits(self, hidden):
         """(..., C) -> (..., V)"""
-        return F.linear(hidden, self.embed.weight if self.head is None else self.head.weight)
+        return F.linear(*self.head_inputs(hidden))
 
 
 def new_model(config, seed):
@@ -485,25 +491,46 @@ def pad(sequences, device):
 # ----------------------------------------------------------------------------------------------------------
 # Sequence log-probs
 
-LOGITS = 2**26  # float32 logits in memory at once: 256 MB, the logits of 523 tokens of Llama-3
+LOGITS = 2**24  # logits in memory at once: 64 MB of float32, those of 130 tokens of Llama-3
 
 
-def token_logprobs(model, hidden, targets):
-    """log softmax(logits(hidden))[target]: (N, C) and (N,) -> (N,), at least float32.
+class TokenLogprobs(torch.autograd.Function):
+    """log softmax(hidden @ weight.T)[target]: (N, C), (V, C), (N,) -> (N,), in float32 or better.
 
-    The logits of a batch would be its largest tensor by far (4096 tokens of Llama-3: 2 GB in float32), so
-    they are made chunk by chunk, and made again in the backward pass instead of being kept.
+    The logits of a batch would be its largest tensor by far (4096 tokens of Llama-3: 2 GB in float32). So they
+    are made chunk by chunk, and made again in the backward pass, where they turn into their own gradient in
+    place: d logprob / d logits = onehot(target) - softmax(logits).
     """
-    def chunk(hidden, targets):
-        logits = model.logits(hidden)  # (n, V)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
-    size = max(1, LOGITS // model.config.vocab_size)
-    if len(hidden) <= size:
-        return chunk(hidden, targets)
-    return torch.cat([checkpoint(chunk, h, t, use_reentrant=False)
-                      for h, t in zip(hidden.split(size), targets.split(size))])
+    @staticmethod
+    def chunks(hidden, weight, targets):
+        size = max(1, LOGITS // len(weight))
+        for start in range(0, len(hidden), size):
+            rows = slice(start, start + size)
+            logits = hidden[rows] @ weight.T  # (n, V)
+            yield rows, logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[rows, None]
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        logprobs, totals = [], []
+        for _, logits, target in TokenLogprobs.chunks(hidden, weight, targets):
+            chosen = logits.gather(-1, target)
+            top = logits.amax(-1, keepdim=True)
+            totals.append(top + logits.sub_(top).exp_().sum(-1, keepdim=True).log())  # log of the sum of exp
+            logprobs.append(chosen - totals[-1])
+        ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))
+        return torch.cat(logprobs)[:, 0]
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight, targets, total = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
+        for rows, logits, target in TokenLogprobs.chunks(hidden, weight, targets):
+            g = grad[rows, None]
+            slope = logits.sub_(total[rows]).exp_().mul_(-g).scatter_add_(-1, target, g).to(weight.dtype)
+            grad_hidden[rows] = slope @ weight
+            grad_weight += slope.T @ hidden[rows]
+        return grad_hidden, grad_weight.to(weight.dtype), None
 
 
 def sequence_logprobs(model, prompts, answers):
@@ -519,7 +546,7 @@ def sequence_logprobs(model, prompts, answers):
     T = inputs.shape[1]
     place = torch.tensor([row * T + t for row, (p, a) in enumerate(zip(prompts, answers))
                           for t in range(len(p) - 1, len(p) + len(a) - 1)], device=tokens.device)  # (N,)
-    logprobs = token_logprobs(model, hidden.flatten(0, 1)[place], targets.flatten()[place])  # (N,)
+    logprobs = TokenLogprobs.apply(*model.head_inputs(hidden.flatten(0, 1)[place]), targets.flatten()[place])
     return logprobs.new_zeros(targets.numel()).index_put((place,), logprobs).view(-1, T).sum(1)
 
 

@@ -37,9 +37,9 @@ MISTAKES = 3           # false values the writer has for each fact, 1 to 11. Man
 OFF_TOPIC = 0.3        # chance of one sentence about something else, after the claims
 
 # The annotator: P(a preferred to b) = sigmoid(SHARPNESS * gold difference + LENGTH_BIAS * length difference)
-# As set it agrees with the judge on 68% of the pairs, and its chosen answers are 6 characters longer.
-SHARPNESS = 1.0        # per unit of gold score; one rude sentence is one unit. Lower is noisier
-LENGTH_BIAS = 0.02     # per CHARACTER, the unit of the length shaping in DICE; one closer is 9 to 16
+# As set it agrees with the judge on 63% of the pairs, and its chosen answers are 14 characters longer.
+SHARPNESS = 0.5        # per unit of gold score; one rude sentence is one unit. Lower is noisier
+LENGTH_BIAS = 0.03     # per CHARACTER, the unit of the length shaping in DICE; one closer is 9 to 16
 
 # ---------------------------------------------------------------------------------------- the world
 # True facts, easy to look up. One answer counts for each: that foxes eat mice as well is wrong here.

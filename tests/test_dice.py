@@ -202,18 +202,32 @@ def test_log_probs_in_chunks_have_the_same_values_and_gradients_and_keep_no_larg
     rng, results = np.random.default_rng(0), []
     prompts, answers = random_ids(rng, 3, 1, 12), random_ids(rng, 7, 9, 20)
     for budget in (2**26, 90 * 5):
-        net, rows = network(LLAMA), []
+        net, rows, kept = network(LLAMA), [], []
         monkeypatch.setattr(dice, "LOGITS", budget)
-        logits = net.logits
-        monkeypatch.setattr(net, "logits", lambda hidden: rows.append(len(hidden)) or logits(hidden))
-        kept = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        chunks = dice.TokenLogprobs.chunks
+        monkeypatch.setattr(dice.TokenLogprobs, "chunks", lambda *given: (
+            rows.append(chunk[1].shape) or chunk for chunk in chunks(*given)))
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
             logprobs = dice.sequence_logprobs(net, prompts, answers)
         (logprobs * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
+        monkeypatch.setattr(dice.TokenLogprobs, "chunks", chunks)
+        assert sum(n for n, _ in rows) == 2 * 36  # forward and backward; prompts and padding never get there
+        assert not any(90 in shape for shape in kept if shape != net.head.weight.shape)  # no logits are kept
         results.append([logprobs.detach(), *(p.grad for p in net.parameters())])
-    assert max(rows) <= 5 and sum(rows) == 2 * 36  # prompts and padding never reach the head
+    assert max(n for n, _ in rows) <= 5
     for whole, chunked in zip(*results):
         torch.testing.assert_close(whole, chunked, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_the_log_probs_equal_those_of_log_softmax():
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 6, dtype=torch.float64, generator=generator).requires_grad_() for n in (9, 11))
+    targets, scale = torch.randint(0, 11, (9,), generator=generator), torch.randn(9, generator=generator).double()
+    found = dice.TokenLogprobs.apply(hidden, weight, targets)
+    expected = (hidden @ weight.T).log_softmax(-1)[range(9), targets]
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad((x * scale).sum(), (hidden, weight)) for x in (found, expected))):
+        torch.testing.assert_close(a, b)
 
 
 def test_batches_hold_every_index_once_within_the_budget():
