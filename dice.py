@@ -104,7 +104,7 @@ class Settings:
     rows: int = knob(256, "sequences in flight while sampling; lower it when out of memory there", 1)
     chunk: int = knob(64, "prompts that are sampled as one unit of work", 1)
     score_tokens: int = knob(32768, "padded tokens in one forward pass of scoring", 1)
-    train_tokens: int = knob(8192, "padded tokens in one training pass; lower it when out of memory there", 1)
+    train_tokens: int = knob(2048, "padded tokens in one training pass; lower it when out of memory there", 1)
 
     def settle(self):
         """Decide what is "auto" about the machine. InputError if a value is not among its choices, not in its
@@ -572,7 +572,7 @@ def score(model, samples, tokens, what):
     """Sequence log-probs of any number of samples, as floats. tokens: padded tokens in one forward pass."""
     result = [0.0] * len(samples)
     with tqdm(total=len(samples), desc=what, unit="answer", leave=False) as bar:
-        for group in batches([len(x.prompt.ids) + len(x.tokens) for x in samples], tokens):
+        for group in batches([x.padded for x in samples], tokens):
             logprobs, _ = answer_logprobs(model, [samples[i] for i in group])
             for i, value in zip(group, logprobs.tolist()):
                 result[i] = value
@@ -665,12 +665,28 @@ class Sample:
     reward: float = math.nan
     shaped: float = math.nan
 
+    def __len__(self):
+        """Tokens of prompt and answer."""
+        return len(self.prompt.ids) + len(self.tokens)
+
+    @property
+    def padded(self):
+        """What it costs in a batch of its own."""
+        return len(self)
+
 
 @dataclass
 class Pair:
     chosen: Sample
     rejected: Sample
     source: str  # "generated" or "replayed"
+
+    def __len__(self):
+        return len(self.chosen) + len(self.rejected)
+
+    @property
+    def padded(self):
+        return 2 * max(len(self.chosen), len(self.rejected))
 
     @property
     def prompt(self):
@@ -740,8 +756,8 @@ def dpo_losses(model, pairs, settings):
                     "rejected_logprob": p_l, "chosen_tokens": n_w, "rejected_tokens": n_l}
 
 
-def train(run, stage, model, losses_of, items, sizes, *, lr, steps, epochs, batch, decay=False):
-    """AdamW on losses_of(model, some items, settings). sizes: tokens that each item puts through the model.
+def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, decay=False):
+    """AdamW on losses_of(model, some items, settings), items being Samples or Pairs.
 
     A step's items are split into micro-batches of similar size, over which gradients add up: the split
     changes the memory needed and nothing else. InputError before the step that a non-finite loss or
@@ -759,7 +775,7 @@ def train(run, stage, model, losses_of, items, sizes, *, lr, steps, epochs, batc
             rate *= (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = rate
         totals = Counter()
-        for group in batches([sizes[i] for i in chosen], s.train_tokens):
+        for group in batches([items[i].padded for i in chosen], s.train_tokens):
             with torch.autocast(device, torch.bfloat16, enabled=s.dtype == "bfloat16"):
                 losses, stats = losses_of(model, [items[chosen[i]] for i in group], s)
             (losses.sum() / len(chosen)).backward()
@@ -771,15 +787,14 @@ def train(run, stage, model, losses_of, items, sizes, *, lr, steps, epochs, batc
                              f"{row['grad_norm']}; the step was not taken. Try a lower learning rate")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        speed = sum(sizes[i] for i in chosen) / (time.perf_counter() - started)
+        speed = sum(len(items[i]) for i in chosen) / (time.perf_counter() - started)
         run.log({"stage": stage, "step": step + 1, **row, "lr": rate, "tokens_per_second": round(speed)})
 
 
 def train_pairs(run, stage, model, pairs, *, lr, steps):
     """DPO on pairs, from the model whose log-probs their samples hold."""
     s = run.settings
-    sizes = [2 * len(p.prompt.ids) + len(p.chosen.tokens) + len(p.rejected.tokens) for p in pairs]
-    train(run, stage, model, dpo_losses, pairs, sizes, lr=lr, steps=steps, epochs=s.epochs, batch=s.batch)
+    train(run, stage, model, dpo_losses, pairs, lr=lr, steps=steps, epochs=s.epochs, batch=s.batch)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -843,7 +858,7 @@ class Run:
             prompt = Prompt(content, self.tokenizer.prompt(content))
             best, worst = (Sample(prompt, self.tokenizer.answer(text), text) for text in (chosen, rejected))
             same += chosen == rejected
-            if chosen != rejected and len(prompt.ids) + max(len(best.tokens), len(worst.tokens)) <= limit:
+            if chosen != rejected and max(len(best), len(worst)) <= limit:
                 pairs.append(Pair(best, worst, "replayed"))
         if len(pairs) < len(rows):
             say(f"{len(pairs)} of {len(rows)} offline pairs are used: {len(rows) - len(pairs) - same} are "
@@ -943,8 +958,7 @@ def supervised(run, base):
         prompts = {text: run.prompt(text) for text in {row["prompt"] for row in rows}}
         samples = [Sample(prompts[r["prompt"]], run.tokenizer.answer(r["chosen"]), r["chosen"]) for r in rows]
     model = run.load(base, training=True)
-    sizes = [len(x.prompt.ids) + len(x.tokens) for x in samples]
-    train(run, "sft", model, sft_losses, samples, sizes, lr=s.sft_lr, steps=s.sft_steps, batch=s.sft_batch,
+    train(run, "sft", model, sft_losses, samples, lr=s.sft_lr, steps=s.sft_steps, batch=s.sft_batch,
           epochs=math.ceil(s.sft_steps * s.sft_batch / len(samples)), decay=True)
     return run.save(model, "sft")
 
