@@ -103,7 +103,7 @@ class Settings:
                       choices=("auto", "float32", "bfloat16"))
     rows: int = knob(256, "sequences in flight while sampling; lower it when out of memory there", 1)
     chunk: int = knob(64, "prompts that are sampled as one unit of work", 1)
-    score_tokens: int = knob(32768, "padded tokens in one forward pass of scoring", 1)
+    score_tokens: int = knob(4096, "padded tokens in one forward pass of scoring", 1)
     train_tokens: int = knob(2048, "padded tokens in one training pass; lower it when out of memory there", 1)
 
     def settle(self):
@@ -270,7 +270,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def head_inputs(self, hidden):
-        """What is multiplied to make logits, hidden states (..., C) and weight (V, C), in the dtype for it."""
+        """What logits are the product of: hidden states (..., C) and weight (V, C), in the dtype for it."""
         weight = self.embed.weight if self.head is None else self.head.weight
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -357,8 +357,8 @@ def pick(logits, uniform, temperature, top_p):
         return logits.argmax(-1)
     probs, token = (logits.float() / temperature).softmax(-1), None  # (B, V)
     if top_p < 1:
-        # The nucleus is nearly always among the 64 likeliest tokens, which cost a fraction of a sort to find. But
-        # to ask if they were enough would make the host wait for a GPU: there, everything is sorted.
+        # The nucleus is nearly always among the 64 likeliest tokens, which take a fraction of a sort to find.
+        # But to ask if they were enough would make the host wait for a GPU: there, everything is sorted.
         V = logits.shape[-1]
         count = V if logits.is_cuda else 64
         while True:
@@ -497,9 +497,9 @@ LOGITS = 2**24  # logits in memory at once: 64 MB of float32, those of 130 token
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target]: (N, C), (V, C), (N,) -> (N,), in float32 or better.
 
-    The logits of a batch would be its largest tensor by far (4096 tokens of Llama-3: 2 GB in float32). So they
-    are made chunk by chunk, and made again in the backward pass, where they turn into their own gradient in
-    place: d logprob / d logits = onehot(target) - softmax(logits).
+    The logits of a batch would be its largest tensor by far (4096 tokens of Llama-3: 2 GB in float32). So
+    they are made chunk by chunk, and made again in the backward pass, where they turn into their own gradient
+    in place: d logprob / d logits = onehot(target) - softmax(logits).
     """
 
     @staticmethod
@@ -610,8 +610,7 @@ def length_gap(reward, length, valid, alpha):
 
 
 def search_alpha(reward, length, valid):
-    """The alpha >= 0 that brings the length gap nearest to 0, from the middle of all that do. DICE section
-    3.2
+    """The alpha >= 0 that brings the length gap nearest to 0, the middle of all that do. DICE section 3.2
 
     With more alpha the best answer can only get shorter and the worst only longer. So the gap is a
     staircase that only falls, and bisection finds its steps exactly.
@@ -817,6 +816,10 @@ class Run:
             self.config = models.read_config(self.base)
             self.tokenizer = models.read_tokenizer(self.base, settings.chat)
         self.reference = models.resolve(settings.reference) if settings.reference else None
+        for directory in filter(None, (not self.is_tiny and self.base, self.reference)):
+            if models.read_config(directory).vocab_size < self.tokenizer.vocab_size:
+                raise InputError(f"{directory}: has fewer embeddings than the tokenizer of {settings.model} has "
+                                 "ids; policy, reference and tokenizer must belong together")
         self.read_data()
         self.out.mkdir(parents=True, exist_ok=True)
         write(self.out / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")

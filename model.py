@@ -49,7 +49,7 @@ def read_json(path: Path) -> dict:
 SETTINGS = {  # --model NAME -> its own defaults for dice.Settings
     "tiny": dict(temperature=1.0, top_p=0.9, max_new_tokens=96, rows=512, chunk=256, batch=16, steps=32, epochs=2,
                  lr=6e-5, warmup=0, sft_steps=1400, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5,
-                 score_tokens=4096, train_tokens=8192),
+                 train_tokens=8192),
 }
 
 

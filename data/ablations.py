@@ -30,6 +30,7 @@ COLUMNS = ("win rate", "length-controlled", "gold", "characters", "reward agrees
 def base(directory, seed):
     """SFT and DPO of one seed, evaluated, in directory."""
     import dice
+
     work = directory.with_name("base.unfinished")
     shutil.rmtree(work, ignore_errors=True)
     run = dice.Run(dice.parse_settings(["--seed", str(seed), "--out", str(work), "--device", "cpu"]))
@@ -42,10 +43,13 @@ def base(directory, seed):
 def arm(directory, base, seed, rounds, changes):
     """The DICE rounds of one arm, from the models in base, in directory."""
     import dice
+
     work = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(work, ignore_errors=True)
     given = [word for key, value in changes.items() for word in ("--" + key.replace("_", "-"), str(value))]
-    run = dice.Run(dice.parse_settings(["--seed", str(seed), "--out", str(work), "--device", "cpu", *given]))
+    run = dice.Run(
+        dice.parse_settings(["--seed", str(seed), "--out", str(work), "--device", "cpu", *given])
+    )
     policy, reference = base / "dpo", base / "sft"
     shutil.copytree(base / "evaluation", work / "evaluation")
     for number in range(1, rounds + 1):
@@ -57,6 +61,7 @@ def arm(directory, base, seed, rounds, changes):
 def work(out, seed, rounds, name):
     """One job: the base of a seed (name None) or one of its arms."""
     import torch
+
     torch.set_num_threads(1)
     sys.stderr = open(os.devnull, "w")  # the progress bars of two processes would only overwrite each other
     directory = out / f"seed-{seed}"
@@ -99,6 +104,7 @@ def run_jobs(out, seeds, rounds, workers):
 def collect(out, seeds, rounds):
     """{(arm, stage): {column: values (seeds,)}}; SFT and DPO stand once, under their own names."""
     from data import report
+
     values = {}
     for seed in seeds:
         for name in ARMS:
@@ -109,7 +115,9 @@ def collect(out, seeds, rounds):
                     continue
                 key = "" if first else name, row["stage"]
                 for column in COLUMNS:
-                    values.setdefault(key, {}).setdefault(column, []).append(np.nan if row[column] is None else row[column])
+                    values.setdefault(key, {}).setdefault(column, []).append(
+                        np.nan if row[column] is None else row[column]
+                    )
     return values
 
 
@@ -132,13 +140,17 @@ def table(values):
 
 def picture(path, values, rounds):
     import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
+
     figure, axes = pyplot.subplots(1, 4, figsize=(15, 3.8))
     for axis, column in zip(axes, ("length-controlled", "win rate", "gold", "characters")):
         for name in ARMS:
-            points = [mean_and_error(values[key][column]) for key in
-                      [("", "dpo"), *((name, f"round-{t}") for t in range(1, rounds + 1))]]
+            points = [
+                mean_and_error(values[key][column])
+                for key in [("", "dpo"), *((name, f"round-{t}") for t in range(1, rounds + 1))]
+            ]
             axis.errorbar(range(rounds + 1), *zip(*points), marker="o", markersize=3, capsize=2, label=name)
         axis.set(title=column, xlabel="round (0: DPO)", xticks=range(rounds + 1))
     axes[0].legend(fontsize=8)
@@ -148,7 +160,8 @@ def picture(path, values, rounds):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 .. this - 1 (default: 5)")
     parser.add_argument("--rounds", type=int, default=4, help="DICE rounds of each arm (default: 4)")
     parser.add_argument("--out", type=Path, default=Path("out/ablations"), help="default: out/ablations")

@@ -94,9 +94,9 @@ CLOSERS = ("Hope this helps.", "Take care.", "Have fun.", "Good luck.", "Come ba
 
 
 def statement(animal, clauses):
-    """All claims in one sentence: statement("bat", ["lives in a cave", "is brown"]) is "The bat lives in a cave and
-    is brown.". Subtle: its "and" says which claim is the last one. Where every claim is a sentence of its own, a
-    model this small, rewarded for claims, does not learn when it has made them all, and goes on."""
+    """All claims in one sentence: statement("bat", ["lives in a cave", "is brown"]) is "The bat lives in a
+    cave and is brown.". Subtle: its "and" says which claim is the last one. Where every claim is a sentence
+    of its own, a model this small, rewarded for claims, does not learn when to stop, and goes on."""
     *others, last = clauses
     return f"The {animal} {', '.join(others) + ' and ' if others else ''}{last}."
 
@@ -113,8 +113,9 @@ PROMPTS = {question(animal, asked): (animal, asked)
            for animal in FACTS for n in (1, 2, 3) for asked in permutations(ATTRIBUTES, n)}
 CLAUSES = {f"{verb} {value}": (attribute, value)
            for attribute in ATTRIBUTES for value in VALUES[attribute] for verb in VERBS[attribute]}
-KINDS = {text: kind for kind, texts in (("polite", OPENERS + CLOSERS), ("rude", RUDENESS), ("off-topic", ASIDES))
-         for text in texts}
+KINDS = {text: kind for text, kind in (*((text, "polite") for text in OPENERS + CLOSERS),
+                                       *((text, "rude") for text in RUDENESS),
+                                       *((text, "off-topic") for text in ASIDES))}
 
 
 def parse(sentence):
@@ -122,7 +123,7 @@ def parse(sentence):
     match = re.fullmatch(r"The (\w+) (.*)\.", sentence)
     if not match or match[1] not in FACTS:
         return []
-    for cut in re.finditer(" and |$", match[2]):  # at the right one: "black and white" has an "and" of its own
+    for cut in re.finditer(" and |$", match[2]):  # which? "black and white" has one of its own
         head, last = match[2][:cut.start()], match[2][cut.end():]
         clauses = [*head.split(", "), last] if last else [head]
         if all(clause in CLAUSES for clause in clauses):
@@ -301,7 +302,8 @@ def write_tokenizer(directory: Path) -> None:
 
 def words():
     """Every word and mark of the world as GPT-2's pattern cuts them; the first has no space before it."""
-    texts = [*PROMPTS, "The", *OPENERS, *RUDENESS, *(f" {text}" for text in ("The", *FACTS, *CLAUSES, *KINDS))]
+    texts = [*PROMPTS, *OPENERS, *RUDENESS, "The"]
+    texts += [f" {text}" for text in ("The", *FACTS, *CLAUSES, *KINDS)]
     return {word for text in texts for word in re.findall(r" ?[A-Za-z]+|[.,]", text)}
 
 

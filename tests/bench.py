@@ -39,8 +39,8 @@ import model as models
 from data import tiny
 
 SHAPES = {
-    "1m": (models.Config(vocab_size=4096, context=1024, layers=2, width=128, heads=4, kv_heads=2, head_size=32,
-                         hidden=384, tied=True), dict(prompts=2, pairs=8)),
+    "1m": (models.Config(vocab_size=4096, context=1024, layers=2, width=128, heads=4, kv_heads=2,
+                         head_size=32, hidden=384, tied=True), dict(prompts=2, pairs=8)),
     "25m": (models.Config(vocab_size=32000, context=1024, layers=8, width=384, heads=8, kv_heads=4,
                           head_size=48, hidden=1024, tied=True), dict(prompts=8, pairs=40)),
     "llama3-8b": (models.Config(vocab_size=128256, context=8192, layers=32, width=4096, heads=32, kv_heads=8,

@@ -1,4 +1,4 @@
-"""The method against something simpler: loops in float64, the uncached forward, worked numbers, other packages."""
+"""The method against something simpler: float64 loops, the uncached forward, worked numbers, transformers."""
 
 import json
 import math
@@ -17,14 +17,56 @@ REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/real")
 
 LLAMA = Config(vocab_size=90, context=64, layers=2, width=32, heads=4, kv_heads=2, head_size=10, hidden=40)
-GPT2 = Config(vocab_size=90, context=64, layers=2, width=32, heads=4, kv_heads=4, head_size=8, hidden=64,
-              position="learned", norm="layer", mlp="gelu", qkv_bias=True, out_bias=True, mlp_bias=True, tied=True)
-QWEN2 = Config(vocab_size=90, context=64, layers=2, width=32, heads=4, kv_heads=1, head_size=8, hidden=40,
-               qkv_bias=True, tied=True, rope_theta=1e6)
-LLAMA3 = Config(vocab_size=90, context=64, layers=2, width=32, heads=4, kv_heads=2, head_size=16, hidden=40,
-                rope_theta=5e5, rope_scaling={"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                              "original_max_position_embeddings": 32})
-FAMILIES = pytest.mark.parametrize("config", [LLAMA, GPT2, QWEN2, LLAMA3], ids=["llama", "gpt2", "qwen2", "llama3"])
+GPT2 = Config(
+    vocab_size=90,
+    context=64,
+    layers=2,
+    width=32,
+    heads=4,
+    kv_heads=4,
+    head_size=8,
+    hidden=64,
+    position="learned",
+    norm="layer",
+    mlp="gelu",
+    qkv_bias=True,
+    out_bias=True,
+    mlp_bias=True,
+    tied=True,
+)
+QWEN2 = Config(
+    vocab_size=90,
+    context=64,
+    layers=2,
+    width=32,
+    heads=4,
+    kv_heads=1,
+    head_size=8,
+    hidden=40,
+    qkv_bias=True,
+    tied=True,
+    rope_theta=1e6,
+)
+LLAMA3 = Config(
+    vocab_size=90,
+    context=64,
+    layers=2,
+    width=32,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    hidden=40,
+    rope_theta=5e5,
+    rope_scaling={
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+)
+FAMILIES = pytest.mark.parametrize(
+    "config", [LLAMA, GPT2, QWEN2, LLAMA3], ids=["llama", "gpt2", "qwen2", "llama3"]
+)
 
 
 def network(config, seed=0):
@@ -32,7 +74,10 @@ def network(config, seed=0):
     net = dice.new_model(config, seed)
     with torch.no_grad():
         for p in net.parameters():
-            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + p.numel())) * 0.15 + (p == 1))
+            p.copy_(
+                torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + p.numel())) * 0.15
+                + (p == 1)
+            )
     return net
 
 
@@ -40,7 +85,7 @@ def random_ids(rng, *lengths, vocab=90):
     return [rng.integers(4, vocab, n).tolist() for n in lengths]
 
 
-# ------------------------------------------------------------------------------------------- Transformer and cache
+# ---------------------------------------------------------------------------------------- Transformer and cache
 
 
 @FAMILIES
@@ -51,7 +96,7 @@ def test_cached_logits_equal_uncached_for_prefill_single_steps_and_a_second_chun
     whole = net.logits(net(tokens))
     cache, parts, start = dice.KVCache(config, 3, 40, "cpu", torch.float32), [], 0
     for size in (7, 5, 1, 1, 8, 1, 1):
-        parts.append(net.logits(net(tokens[:, start:start + size], cache)))
+        parts.append(net.logits(net(tokens[:, start : start + size], cache)))
         cache.length += size
         start += size
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-4)
@@ -69,7 +114,7 @@ def test_rows_of_different_length_decode_as_if_alone():
         step = net(torch.tensor([[a[t]] for a in answers]), cache)[:, 0]
         cache.length += 1
         for row in range(3):
-            alone = net(torch.tensor([prompts[row] + answers[row][:t + 1]]))[0, -1]
+            alone = net(torch.tensor([prompts[row] + answers[row][: t + 1]]))[0, -1]
             torch.testing.assert_close(step[row], alone, atol=1e-5, rtol=1e-4)
 
 
@@ -78,17 +123,34 @@ def test_rows_of_different_length_decode_as_if_alone():
 def test_logits_equal_transformers(kind, tmp_path):
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    shape = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=64)
+    shape = dict(
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     if kind == "gpt2":
-        net = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=64))
+        net = hf.GPT2LMHeadModel(
+            hf.GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        )
     elif kind == "mistral":
         net = hf.MistralForCausalLM(hf.MistralConfig(**shape, sliding_window=None, head_dim=12))
     elif kind == "qwen2":
         net = hf.Qwen2ForCausalLM(hf.Qwen2Config(**shape, tie_word_embeddings=True))
     else:
-        scaling = {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
-                                       "high_freq_factor": 4.0, "original_max_position_embeddings": 32}}
+        scaling = {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 5e5,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        }
         net = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, **(scaling if kind == "llama3" else {})))
     for p in net.parameters():
         p.mul_(4) if p.dim() == 2 else p.add_(torch.randn_like(p) * 0.1)
@@ -98,12 +160,15 @@ def test_logits_equal_transformers(kind, tmp_path):
     torch.testing.assert_close(ours.logits(ours(tokens)), net(tokens).logits, atol=1e-4, rtol=0)
 
 
-# ------------------------------------------------------------------------------------------- sampler
+# ---------------------------------------------------------------------------------------- sampler
 
 
 def sample_all(net, prompts, samples, **options):
     options = {"stop_ids": (1, 2, 3), "seed": 0, "max_new_tokens": 30, "rows": 16, **options}
-    found = {(index, k): (ids, finish) for index, k, ids, finish in dice.generate(net, prompts, samples, **options)}
+    found = {
+        (index, k): (ids, finish)
+        for index, k, ids, finish in dice.generate(net, prompts, samples, **options)
+    }
     assert len(found) == len(prompts) * samples
     return found
 
@@ -115,7 +180,9 @@ def test_greedy_equals_argmax_of_the_uncached_forward(config):
         expected = []
         while len(expected) < 30 and (not expected or expected[-1] not in (1, 2, 3)):
             with torch.no_grad():
-                expected.append(int(net.logits(net(torch.tensor([prompts[index] + expected])))[0, -1].argmax()))
+                expected.append(
+                    int(net.logits(net(torch.tensor([prompts[index] + expected])))[0, -1].argmax())
+                )
         assert ids == expected
         assert finish == ("stop" if ids[-1] in (1, 2, 3) else "length")
 
@@ -137,7 +204,9 @@ def test_samples_end_with_a_stop_token_or_at_the_limit_and_differ():
     for (index, _), (ids, finish) in found.items():
         limit = min(30, LLAMA.context - len(prompts[index]))
         assert not set(ids[:-1]) & {7, 8} and len(ids) <= limit
-        assert finish == ("stop" if ids[-1] in (7, 8) else "length") and (finish == "stop" or len(ids) == limit)
+        assert finish == ("stop" if ids[-1] in (7, 8) else "length") and (
+            finish == "stop" or len(ids) == limit
+        )
     assert {finish for _, finish in found.values()} == {"stop", "length"}
     assert len({found[0, k][0][0] for k in range(16)}) > 4  # the first token is drawn for each sample
 
@@ -145,7 +214,9 @@ def test_samples_end_with_a_stop_token_or_at_the_limit_and_differ():
 def test_each_prompt_is_prefilled_once(monkeypatch):
     net, prompts, seen = network(LLAMA), random_ids(np.random.default_rng(0), 5, 9, 7), []
     forward = net.forward
-    monkeypatch.setattr(net, "forward", lambda tokens, cache=None: seen.append(tokens.shape) or forward(tokens, cache))
+    monkeypatch.setattr(
+        net, "forward", lambda tokens, cache=None: seen.append(tokens.shape) or forward(tokens, cache)
+    )
     sample_all(net, prompts, 4)
     assert sum(rows for rows, width in seen if width > 1) == 3
     assert seen[-1][0] < 12  # rows that had ended no longer cost anything
@@ -158,10 +229,18 @@ def test_pick_draws_from_the_distribution_and_from_its_nucleus():
         share = torch.bincount(dice.pick(logits, uniform, temperature, 1.0), minlength=6) / 20000
         torch.testing.assert_close(share, (logits[0] / temperature).softmax(0), atol=0.012, rtol=0)
     rng = np.random.default_rng(0)
-    for top_p, size in ((0.1, 50), (0.5, 50), (0.9, 50), (0.99, 50), (0.9, 3000)):  # the last needs more than 64
+    for top_p, size in (
+        (0.1, 50),
+        (0.5, 50),
+        (0.9, 50),
+        (0.99, 50),
+        (0.9, 3000),
+    ):  # the last needs more than 64
         row = torch.tensor(rng.normal(size=size) * (2 if size == 50 else 1), dtype=torch.float32)
         probs, order = row.softmax(0).sort(descending=True)
-        nucleus = set(order[:int((probs.cumsum(0) < top_p).sum()) + 1].tolist())  # by sorting, as it is defined
+        nucleus = set(
+            order[: int((probs.cumsum(0) < top_p).sum()) + 1].tolist()
+        )  # by sorting, as it is defined
         drawn = set(dice.pick(row.repeat(20000, 1), uniform, 1.0, top_p).tolist())
         assert drawn <= nucleus and len(drawn) >= 0.6 * len(nucleus)
     edge = torch.tensor([0.0, 1 - 2**-24])
@@ -172,13 +251,22 @@ def test_pick_draws_from_the_distribution_and_from_its_nucleus():
 def test_stories260k_goes_on_as_it_is_known_to():
     directory = REAL / "stories260k"
     net, tokenizer = dice.load_model(directory, "cpu"), models.read_tokenizer(directory)
-    [(_, _, ids, _)] = dice.generate(net, [tokenizer.raw("Once upon a time")], 1, stop_ids=tokenizer.stop_ids,
-                                     seed=0, max_new_tokens=40, rows=1, temperature=0)
-    assert tokenizer.decode(ids).startswith(", there was a little girl named Lily. She loved to play with her toys "
-                                            "and her friends.")
+    [(_, _, ids, _)] = dice.generate(
+        net,
+        [tokenizer.raw("Once upon a time")],
+        1,
+        stop_ids=tokenizer.stop_ids,
+        seed=0,
+        max_new_tokens=40,
+        rows=1,
+        temperature=0,
+    )
+    assert tokenizer.decode(ids).startswith(
+        ", there was a little girl named Lily. She loved to play with her toys and her friends."
+    )
 
 
-# ------------------------------------------------------------------------------------------- log-probs
+# ---------------------------------------------------------------------------------------- log-probs
 
 
 @FAMILIES
@@ -192,7 +280,11 @@ def test_sequence_logprobs_equal_a_float64_loop(config):
     for row, (prompt, answer) in enumerate(zip(prompts, answers)):
         total = 0.0
         for t, token in enumerate(answer):
-            total += double.logits(double(torch.tensor([prompt + answer[:t]])))[0, -1].log_softmax(-1)[token].item()
+            total += (
+                double.logits(double(torch.tensor([prompt + answer[:t]])))[0, -1]
+                .log_softmax(-1)[token]
+                .item()
+            )
         assert found[row].item() == pytest.approx(total, abs=2e-4)
     alone = torch.cat([dice.sequence_logprobs(net, [p], [a]) for p, a in zip(prompts, answers)])
     torch.testing.assert_close(found, alone, atol=1e-4, rtol=0)  # padding changes nothing
@@ -205,14 +297,21 @@ def test_log_probs_in_chunks_have_the_same_values_and_gradients_and_keep_no_larg
         net, rows, kept = network(LLAMA), [], []
         monkeypatch.setattr(dice, "LOGITS", budget)
         chunks = dice.TokenLogprobs.chunks
-        monkeypatch.setattr(dice.TokenLogprobs, "chunks", lambda *given: (
-            rows.append(chunk[1].shape) or chunk for chunk in chunks(*given)))
+        monkeypatch.setattr(
+            dice.TokenLogprobs,
+            "chunks",
+            lambda *given: (rows.append(chunk[1].shape) or chunk for chunk in chunks(*given)),
+        )
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
             logprobs = dice.sequence_logprobs(net, prompts, answers)
         (logprobs * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
         monkeypatch.setattr(dice.TokenLogprobs, "chunks", chunks)
-        assert sum(n for n, _ in rows) == 2 * 36  # forward and backward; prompts and padding never get there
-        assert not any(90 in shape for shape in kept if shape != net.head.weight.shape)  # no logits are kept
+        assert (
+            sum(n for n, _ in rows) == 2 * 36
+        )  # forward and backward; prompts and padding never get there
+        assert not any(
+            90 in shape for shape in kept if shape != net.head.weight.shape
+        )  # no logits are kept
         results.append([logprobs.detach(), *(p.grad for p in net.parameters())])
     assert max(n for n, _ in rows) <= 5
     for whole, chunked in zip(*results):
@@ -221,8 +320,13 @@ def test_log_probs_in_chunks_have_the_same_values_and_gradients_and_keep_no_larg
 
 def test_gradients_of_the_log_probs_equal_those_of_log_softmax():
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 6, dtype=torch.float64, generator=generator).requires_grad_() for n in (9, 11))
-    targets, scale = torch.randint(0, 11, (9,), generator=generator), torch.randn(9, generator=generator).double()
+    hidden, weight = (
+        torch.randn(n, 6, dtype=torch.float64, generator=generator).requires_grad_() for n in (9, 11)
+    )
+    targets, scale = (
+        torch.randint(0, 11, (9,), generator=generator),
+        torch.randn(9, generator=generator).double(),
+    )
     found = dice.TokenLogprobs.apply(hidden, weight, targets)
     expected = (hidden @ weight.T).log_softmax(-1)[range(9), targets]
     torch.testing.assert_close(found, expected)
@@ -239,10 +343,12 @@ def test_batches_hold_every_index_once_within_the_budget():
     assert padded < 1.1 * sum(sizes)
 
 
-# ------------------------------------------------------------------------------------------- formulas
+# ---------------------------------------------------------------------------------------- formulas
 
-PAIRS = torch.tensor([[-12.0, -15.5, -13.0, -14.0], [-30.25, -20.0, -28.0, -21.5], [-5.0, -9.0, -5.0, -9.0]],
-                     dtype=torch.float64)  # p_w, p_l, r_w, r_l
+PAIRS = torch.tensor(
+    [[-12.0, -15.5, -13.0, -14.0], [-30.25, -20.0, -28.0, -21.5], [-5.0, -9.0, -5.0, -9.0]],
+    dtype=torch.float64,
+)  # p_w, p_l, r_w, r_l
 
 
 def test_dpo_loss_on_the_worked_pairs():
@@ -262,12 +368,23 @@ VALID = np.ones((3, 4), dtype=bool)
 
 
 def test_alpha_on_the_worked_example():
-    for alpha, gap in ((0, 470), (0.0119, 470), (0.0121, 303.3333), (0.0135, 90), (0.014, 16.6667), (0.0145, -110)):
+    for alpha, gap in (
+        (0, 470),
+        (0.0119, 470),
+        (0.0121, 303.3333),
+        (0.0135, 90),
+        (0.014, 16.6667),
+        (0.0145, -110),
+    ):
         assert dice.length_gap(REWARDS, LENGTHS, VALID, alpha) == pytest.approx(gap, abs=1e-3)
     alpha = dice.search_alpha(REWARDS, LENGTHS, VALID)
     assert 0.013636 < alpha < 0.014474
     best, worst = dice.best_and_worst(REWARDS, LENGTHS, VALID, alpha)
-    assert LENGTHS[range(3), best].tolist() == [400, 500, 200] and LENGTHS[range(3), worst].tolist() == [50, 300, 700]
+    assert LENGTHS[range(3), best].tolist() == [400, 500, 200] and LENGTHS[range(3), worst].tolist() == [
+        50,
+        300,
+        700,
+    ]
 
 
 def test_alpha_is_as_good_as_a_dense_scan_and_zero_where_nothing_is_to_be_taken_out():
@@ -282,10 +399,12 @@ def test_alpha_is_as_good_as_a_dense_scan_and_zero_where_nothing_is_to_be_taken_
         assert found <= scan + 1e-9
     assert dice.search_alpha(-LENGTHS, LENGTHS, VALID) == 0
     assert dice.search_alpha(REWARDS, np.full((3, 4), 7.0), VALID) == 0
-    assert dice.search_alpha(np.zeros((1, 2)), np.array([[9.0, 1.0]]), VALID[:1, :2]) >= 0  # equal rewards: no hang
+    assert (
+        dice.search_alpha(np.zeros((1, 2)), np.array([[9.0, 1.0]]), VALID[:1, :2]) >= 0
+    )  # equal rewards: no hang
 
 
-# ------------------------------------------------------------------------------------------- pairing and replay
+# ---------------------------------------------------------------------------------------- pairing and replay
 
 
 def settings(**changes):
@@ -294,32 +413,48 @@ def settings(**changes):
 
 def answers(prompt, *rows):
     """Samples of one prompt from (text, reward) or (text, reward, finish)."""
-    return [dice.Sample(prompt, [5], text, k, *(finish or ["stop"]), policy=0.0, reference=0.0, reward=reward)
-            for k, (text, reward, *finish) in enumerate(rows)]
+    return [
+        dice.Sample(prompt, [5], text, k, *(finish or ["stop"]), policy=0.0, reference=0.0, reward=reward)
+        for k, (text, reward, *finish) in enumerate(rows)
+    ]
 
 
 def test_pairs_are_best_against_worst_of_the_valid_and_different_answers():
     a, b, c, d = (dice.Prompt(name, [5]) for name in "abcd")
-    samples = (answers(a, ("one", 1.0), ("two", 5.0), ("six", -3.0), ("cut", 9.0, "length"))
-               + answers(b, ("same", 1.0), ("same", 2.0), ("same", 3.0), ("same", 4.0))  # one text: no pair
-               + answers(c, ("uno", 2.0), ("due", 2.0), ("tre", 2.0), ("sei", 2.0))  # equal rewards: no pair
-               + answers(d, ("x", 1.0), ("cut", 2.0, "length"), ("cut", 3.0, "length"), ("cut", 4.0, "length")))
+    samples = (
+        answers(a, ("one", 1.0), ("two", 5.0), ("six", -3.0), ("cut", 9.0, "length"))
+        + answers(b, ("same", 1.0), ("same", 2.0), ("same", 3.0), ("same", 4.0))  # one text: no pair
+        + answers(c, ("uno", 2.0), ("due", 2.0), ("tre", 2.0), ("sei", 2.0))  # equal rewards: no pair
+        + answers(d, ("x", 1.0), ("cut", 2.0, "length"), ("cut", 3.0, "length"), ("cut", 4.0, "length"))
+    )
     alpha, pairs = dice.shape_and_pair(samples, settings())
     assert alpha == 0 and [(p.chosen.text, p.rejected.text) for p in pairs] == [("two", "six")]
     assert pairs[0].source == "generated" and samples[0].shaped == 1.0
     with pytest.raises(InputError, match="no prompt has"):
         dice.shape_and_pair(answers(d, *[("cut", 1.0, "length")] * 4), settings())
     with pytest.raises(InputError, match="no prompt has"):
-        dice.shape_and_pair(answers(a, ("one", 1.0), ("four", 2.0), ("one", 3.0), ("four", 4.0)), settings(max_chars=4))
+        dice.shape_and_pair(
+            answers(a, ("one", 1.0), ("four", 2.0), ("one", 3.0), ("four", 4.0)), settings(max_chars=4)
+        )
 
 
 def test_shaping_takes_the_length_bias_out():
     rng, samples = np.random.default_rng(0), []
     for i in range(100):
         lengths = rng.integers(5, 200, 4)
-        samples += answers(dice.Prompt(str(i), [5]), *((f"{k}" * n, 0.05 * n + rng.normal()) for k, n in enumerate(lengths)))
-    gap = {alpha: np.mean([len(p.chosen.text) - len(p.rejected.text)
-                           for p in dice.shape_and_pair(samples, settings(alpha=alpha))[1]]) for alpha in ("0", "auto")}
+        samples += answers(
+            dice.Prompt(str(i), [5]),
+            *((f"{k}" * n, 0.05 * n + rng.normal()) for k, n in enumerate(lengths)),
+        )
+    gap = {
+        alpha: np.mean(
+            [
+                len(p.chosen.text) - len(p.rejected.text)
+                for p in dice.shape_and_pair(samples, settings(alpha=alpha))[1]
+            ]
+        )
+        for alpha in ("0", "auto")
+    }
     assert gap["0"] > 80 and abs(gap["auto"]) < 3
 
 
@@ -355,10 +490,11 @@ def test_mixture_sizes():
     for gamma, generated, offline in ((0.5, 3, 0), (0.5, 0, 3), (1, 3, 0), (0, 0, 3)):
         with pytest.raises(InputError, match="--gamma"):
             dice.ReplayBuffer([pair_on(f"o{i}", "replayed") for i in range(offline)]).mix(
-                [pair_on(f"g{i}", "generated") for i in range(generated)], gamma, np.random.default_rng(0))
+                [pair_on(f"g{i}", "generated") for i in range(generated)], gamma, np.random.default_rng(0)
+            )
 
 
-# ------------------------------------------------------------------------------------------- training
+# ---------------------------------------------------------------------------------------- training
 
 
 class Bench:
@@ -375,8 +511,15 @@ def random_pairs(net, count, seed=0):
     rng, pairs = np.random.default_rng(seed), []
     for i in range(count):
         prompt = dice.Prompt(str(i), random_ids(rng, int(rng.integers(1, 10)))[0])
-        pairs.append(dice.Pair(*(dice.Sample(prompt, random_ids(rng, int(rng.integers(1, 30)))[0] + [2], "")
-                                 for _ in range(2)), "replayed"))
+        pairs.append(
+            dice.Pair(
+                *(
+                    dice.Sample(prompt, random_ids(rng, int(rng.integers(1, 30)))[0] + [2], "")
+                    for _ in range(2)
+                ),
+                "replayed",
+            )
+        )
     samples = [x for p in pairs for x in (p.chosen, p.rejected)]
     for x, value in zip(samples, dice.score(net, samples, 500, "")):
         x.policy = value
@@ -389,7 +532,9 @@ def test_micro_batches_change_nothing_and_dpo_learns_the_pairs():
         net, run = network(LLAMA), Bench(batch=6, epochs=3, train_tokens=train_tokens)
         dice.train_pairs(run, "dpo", net, random_pairs(net, 20), lr=1e-3, steps=9)
         weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
-        assert run.rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)  # policy and reference are the same
+        assert run.rows[0]["loss"] == pytest.approx(
+            math.log(2), abs=1e-5
+        )  # policy and reference are the same
         assert run.rows[0]["accuracy"] < 1 and len(run.rows) == 9
         assert run.rows[-1]["loss"] < 0.6 and run.rows[-1]["margin"] > 0.1
     torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=0)
@@ -413,7 +558,9 @@ def test_warm_up_is_linear_then_constant():
     net, run = network(LLAMA), Bench(batch=2, epochs=10)
     run.settings.warmup = 4
     dice.train_pairs(run, "dpo", net, random_pairs(net, 2), lr=1e-3, steps=7)
-    assert [row["lr"] for row in run.rows] == pytest.approx([0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3, 1e-3])
+    assert [row["lr"] for row in run.rows] == pytest.approx(
+        [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3, 1e-3]
+    )
 
 
 def test_a_non_finite_loss_stops_before_the_step():
@@ -427,41 +574,79 @@ def test_a_non_finite_loss_stops_before_the_step():
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 
-# ------------------------------------------------------------------------------------------- whole runs
+# ---------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture
 def small_world(monkeypatch):
     for name, value in (("SFT_EXAMPLES", 2000), ("PREFERENCES", 40), ("HELD_OUT", 6), ("DICE_PROMPTS", 10)):
         monkeypatch.setattr(tiny, name, value)
-    return ["--sft-steps", "120", "--sft-lr", "0.01", "--dpo-steps", "2", "--steps", "2", "--samples", "4",
-            "--batch", "4", "--seed", "3"]
+    return [
+        "--sft-steps",
+        "120",
+        "--sft-lr",
+        "0.01",
+        "--dpo-steps",
+        "2",
+        "--steps",
+        "2",
+        "--samples",
+        "4",
+        "--batch",
+        "4",
+        "--seed",
+        "3",
+    ]
 
 
 def rows_of(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_a_whole_tiny_run_leaves_everything_it_promises_and_repeats_to_the_byte(small_world, tmp_path, capsys):
+def test_a_whole_tiny_run_leaves_everything_it_promises_and_repeats_to_the_byte(
+    small_world, tmp_path, capsys
+):
     run = tmp_path / "a"
     assert dice.main([*small_world, "--out", str(run)]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("length-controlled", "sft", "dpo", "round-2", "Tell me the"))
-    for name in ("settings.json", "metrics.jsonl", "report.md", "sft", "dpo", "round-1/policy", "round-2/policy",
-                 "round-1/samples.jsonl", "round-2/pairs.jsonl", "evaluation/round-2.jsonl"):
+    for name in (
+        "settings.json",
+        "metrics.jsonl",
+        "report.md",
+        "sft",
+        "dpo",
+        "round-1/policy",
+        "round-2/policy",
+        "round-1/samples.jsonl",
+        "round-2/pairs.jsonl",
+        "evaluation/round-2.jsonl",
+    ):
         assert (run / name).exists(), name
     for name in ("sft", "dpo", "round-1/policy", "round-2/policy"):
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in (run / name).iterdir()}
+        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+            p.name for p in (run / name).iterdir()
+        }
     samples, pairs = rows_of(run / "round-1/samples.jsonl"), rows_of(run / "round-1/pairs.jsonl")
-    assert len(samples) == 10 * 4 and {"tokens", "text", "finish", "policy_logprob", "reference_logprob"} <= set(samples[0])
+    assert len(samples) == 10 * 4 and {
+        "tokens",
+        "text",
+        "finish",
+        "policy_logprob",
+        "reference_logprob",
+    } <= set(samples[0])
     for row in samples:
         assert row["reward"] == pytest.approx(row["policy_logprob"] - row["reference_logprob"])
     assert {row["source"] for row in pairs} == {"generated", "replayed"}
     assert len({json.dumps(row["prompt"]) for row in pairs}) >= len(pairs) // 2
     # The stored log-probs are those of a scoring pass over the sampled tokens.
     net, tokenizer = dice.load_model(run / "dpo", "cpu"), models.read_tokenizer(run / "dpo")
-    logprobs = dice.sequence_logprobs(net, [tokenizer.prompt(r["prompt"]) for r in samples], [r["tokens"] for r in samples])
-    torch.testing.assert_close(logprobs, torch.tensor([r["policy_logprob"] for r in samples]), atol=1e-3, rtol=0)
+    logprobs = dice.sequence_logprobs(
+        net, [tokenizer.prompt(r["prompt"]) for r in samples], [r["tokens"] for r in samples]
+    )
+    torch.testing.assert_close(
+        logprobs, torch.tensor([r["policy_logprob"] for r in samples]), atol=1e-3, rtol=0
+    )
 
     again = tmp_path / "b"
     assert dice.main([*small_world, "--out", str(again)]) == 0
@@ -475,10 +660,38 @@ def test_a_run_on_real_weights_and_real_text(tmp_path, capsys):
     few = tmp_path / "few.jsonl"
     few.write_text("\n".join(lines[:60]) + "\n")
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"instruction": text}) + "\n" for text in ("Tell me a story.", "Who is Tim?")))
-    assert dice.main(["--model", str(REAL / "stories260k"), "--preferences", str(few), "--prompts", str(prompts),
-                      "--out", str(tmp_path / "run"), "--rounds", "1", "--samples", "4", "--min-valid", "0",
-                      "--dpo-steps", "2", "--steps", "2", "--batch", "4", "--lr", "1e-4"]) == 0
+    prompts.write_text(
+        "".join(json.dumps({"instruction": text}) + "\n" for text in ("Tell me a story.", "Who is Tim?"))
+    )
+    assert (
+        dice.main(
+            [
+                "--model",
+                str(REAL / "stories260k"),
+                "--preferences",
+                str(few),
+                "--prompts",
+                str(prompts),
+                "--out",
+                str(tmp_path / "run"),
+                "--rounds",
+                "1",
+                "--samples",
+                "4",
+                "--min-valid",
+                "0",
+                "--dpo-steps",
+                "2",
+                "--steps",
+                "2",
+                "--batch",
+                "4",
+                "--lr",
+                "1e-4",
+            ]
+        )
+        == 0
+    )
     told = capsys.readouterr()
     assert "of 60 offline pairs are used" in told.err and "round-1" in told.out
     assert (tmp_path / "run/round-1/policy/model.safetensors").exists()
@@ -486,7 +699,7 @@ def test_a_run_on_real_weights_and_real_text(tmp_path, capsys):
         assert math.isfinite(row["reward"]) and row["tokens"]
 
 
-# ------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 @pytest.fixture
@@ -509,12 +722,22 @@ def refused(capsys, tmp_path, *argv):
     return line
 
 
-@pytest.mark.parametrize("text, told", [
-    ("", "no rows"), ("{broken\n", "line 1: not valid JSON"), (GOOD + '{"prompt": "x"}\n', 'line 2: has no "chosen"'),
-    (GOOD + "[1]\n", "line 2: not a JSON object"), ('{"chosen": "a", "rejected": "b"}\n', 'line 1: has no "prompt"'),
-    ('{"prompt": "a", "output": ["b"]}\n', "line 1"), ('{"prompt": [], "chosen": "a", "rejected": "b"}\n', "line 1"),
-    ('{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}\n', "line 1: an answer must"),
-])
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("", "no rows"),
+        ("{broken\n", "line 1: not valid JSON"),
+        (GOOD + '{"prompt": "x"}\n', 'line 2: has no "chosen"'),
+        (GOOD + "[1]\n", "line 2: not a JSON object"),
+        ('{"chosen": "a", "rejected": "b"}\n', 'line 1: has no "prompt"'),
+        ('{"prompt": "a", "output": ["b"]}\n', "line 1"),
+        ('{"prompt": [], "chosen": "a", "rejected": "b"}\n', "line 1"),
+        (
+            '{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}\n',
+            "line 1: an answer must",
+        ),
+    ],
+)
 def test_broken_preferences_are_refused_by_line(text, told, checkpoint, tmp_path, capsys):
     path = tmp_path / "pairs.jsonl"
     path.write_text(text)
@@ -522,12 +745,21 @@ def test_broken_preferences_are_refused_by_line(text, told, checkpoint, tmp_path
     assert told in line and "pairs.jsonl" in line
 
 
-@pytest.mark.parametrize("argv, told", [
-    (["--gamma", "1.5"], "--gamma 1.5"), (["--beta", "0"], "--beta 0"), (["--alpha", "much"], "--alpha much"),
-    (["--samples", "1"], "--samples 1"), (["--beta", "nan"], "--beta nan"), (["--top-p", "0"], "--top-p 0"),
-    (["--model", "nowhere"], "nowhere"), (["--reference", "nowhere"], "--reference"),
-    (["--dtype", "int8"], "--dtype int8"), (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-])
+@pytest.mark.parametrize(
+    "argv, told",
+    [
+        (["--gamma", "1.5"], "--gamma 1.5"),
+        (["--beta", "0"], "--beta 0"),
+        (["--alpha", "much"], "--alpha much"),
+        (["--samples", "1"], "--samples 1"),
+        (["--beta", "nan"], "--beta nan"),
+        (["--top-p", "0"], "--top-p 0"),
+        (["--model", "nowhere"], "nowhere"),
+        (["--reference", "nowhere"], "--reference"),
+        (["--dtype", "int8"], "--dtype int8"),
+        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
 def test_bad_settings_are_refused(argv, told, tmp_path, capsys):
     assert told in refused(capsys, tmp_path, *argv)
 
@@ -544,14 +776,34 @@ def test_other_mistakes_are_refused(checkpoint, tmp_path, capsys):
     assert "config.json" in refused(capsys, tmp_path, "--model", tmp_path / "empty", "--preferences", good)
     weights = checkpoint / "model.safetensors"
     data = weights.read_bytes()
-    weights.write_bytes(data[:len(data) // 2])
-    assert dice.main(["--model", str(checkpoint), "--preferences", str(good), "--out", str(tmp_path / "o")]) == 2
+    weights.write_bytes(data[: len(data) // 2])
+    assert (
+        dice.main(["--model", str(checkpoint), "--preferences", str(good), "--out", str(tmp_path / "o")])
+        == 2
+    )
     assert "model.safetensors" in capsys.readouterr().err
     weights.write_bytes(data)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
     assert "holds files already" in refused(capsys, tmp_path, "--model", checkpoint, "--preferences", good)
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+
+def test_a_reference_with_another_vocabulary_is_refused(checkpoint, tmp_path, capsys):
+    _, tokenizer = dice.tiny_model()
+    models.write_checkpoint(tmp_path / "other", LLAMA, dice.new_model(LLAMA, 0).state_dict(), tokenizer)
+    (tmp_path / "good.jsonl").write_text(GOOD)
+    told = refused(
+        capsys,
+        tmp_path,
+        "--model",
+        checkpoint,
+        "--reference",
+        tmp_path / "other",
+        "--preferences",
+        tmp_path / "good.jsonl",
+    )
+    assert "other: has fewer embeddings" in told
 
 
 def test_the_settings_of_a_model_stand_between_the_class_and_the_command_line(monkeypatch):

@@ -27,7 +27,7 @@ THREE = "Tell me the colour, home and food of the bat."
     (THREE, "The bat is brown and eats moths.", 2 / 3),                          # one omitted
     ("Tell me the skill and colour of the bee.", "The bee can make honey and is black and yellow.", 1),
     ("Tell me the colour and skill of the bee.", "The bee is black and yellow and can make honey.", 1),
-    (TWO, "Of course I can help you. The bat lives in a cave and can hang upside down. Take care. Good luck.", 1),
+    (TWO, "Of course I can help you. The bat lives in a cave and can hang upside down. Good luck.", 1),
     (ONE, "", 0),
     (ONE, "Happy to tell you more. Hope this helps.", 0),
     (ONE, "The bat lives in a pond.", -1),
