@@ -837,15 +837,16 @@ class Run:
             prompts = jsonl.read_prompts(s.prompts)
         elif self.is_tiny:
             prompts = [("", text) for text in tiny.training_prompts(s.seed)]
+        elif offline:
+            prompts = []  # those of the usable pairs, below
         else:
-            prompts = list({json.dumps(prompt): (where, prompt) for where, prompt, *_ in offline}.values())
-        if not prompts:
             raise InputError("nothing to sample for: give --prompts FILE or --preferences FILE")
         if not offline and not self.reference:
             raise InputError("DICE starts from a policy and the model it was DPO-trained from: give "
                              "--reference DIR, or --preferences FILE to train the policy with DPO first")
         self.offline = self.fitting(offline)
         self.prompts = [self.prompt(content, where) for where, content in prompts]
+        self.prompts = self.prompts or list({p.prompt.key: p.prompt for p in self.offline}.values())
 
     def prompt(self, content, where=""):
         prompt = Prompt(content, self.tokenizer.prompt(content))
