@@ -50,11 +50,12 @@ def judged_table(out, metrics):
     rounds = {row["stage"]: row for row in metrics if "alpha" in row}
     table = []
     for stage in ["sft", "dpo", *rounds]:
-        gold, reward, chars = judged_answers(out, stage)
+        about, (gold, reward, chars) = rounds.get(stage, {}), judged_answers(out, stage)
         win, controlled = tiny.win_rates(gold, base, chars, base_chars)
         table.append({"stage": stage, "win rate": win, "length-controlled": controlled, "gold": gold.mean(),
                       "characters": chars.mean(), "reward agrees %": 100 * agreement(gold, reward),
-                      "pairs right %": 100 * rounds.get(stage, {}).get("pairs_right", np.nan)})
+                      "pairs right %": 100 * about.get("pairs_right", np.nan) if about.get("generated_pairs")
+                      else np.nan})
     return table
 
 
