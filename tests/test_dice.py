@@ -85,7 +85,7 @@ def random_ids(rng, *lengths, vocab=90):
     return [rng.integers(4, vocab, n).tolist() for n in lengths]
 
 
-# ---------------------------------------------------------------------------------------- Transformer and cache
+# ------------------------------------------------------------------------------------- Transformer and cache
 
 
 @FAMILIES
@@ -160,7 +160,7 @@ def test_logits_equal_transformers(kind, tmp_path):
     torch.testing.assert_close(ours.logits(ours(tokens)), net(tokens).logits, atol=1e-4, rtol=0)
 
 
-# ---------------------------------------------------------------------------------------- sampler
+# ------------------------------------------------------------------------------------- sampler
 
 
 def sample_all(net, prompts, samples, **options):
@@ -266,7 +266,7 @@ def test_stories260k_goes_on_as_it_is_known_to():
     )
 
 
-# ---------------------------------------------------------------------------------------- log-probs
+# ------------------------------------------------------------------------------------- log-probs
 
 
 @FAMILIES
@@ -343,7 +343,7 @@ def test_batches_hold_every_index_once_within_the_budget():
     assert padded < 1.1 * sum(sizes)
 
 
-# ---------------------------------------------------------------------------------------- formulas
+# ------------------------------------------------------------------------------------- formulas
 
 PAIRS = torch.tensor(
     [[-12.0, -15.5, -13.0, -14.0], [-30.25, -20.0, -28.0, -21.5], [-5.0, -9.0, -5.0, -9.0]],
@@ -404,7 +404,7 @@ def test_alpha_is_as_good_as_a_dense_scan_and_zero_where_nothing_is_to_be_taken_
     )  # equal rewards: no hang
 
 
-# ---------------------------------------------------------------------------------------- pairing and replay
+# ------------------------------------------------------------------------------------- pairing and replay
 
 
 def settings(**changes):
@@ -494,7 +494,7 @@ def test_mixture_sizes():
             )
 
 
-# ---------------------------------------------------------------------------------------- training
+# ------------------------------------------------------------------------------------- training
 
 
 class Bench:
@@ -574,7 +574,7 @@ def test_a_non_finite_loss_stops_before_the_step():
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 
-# ---------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture
@@ -699,7 +699,7 @@ def test_a_run_on_real_weights_and_real_text(tmp_path, capsys):
         assert math.isfinite(row["reward"]) and row["tokens"]
 
 
-# ---------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------- bad input
 
 
 @pytest.fixture
