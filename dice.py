@@ -818,8 +818,8 @@ class Run:
         self.reference = models.resolve(settings.reference) if settings.reference else None
         for directory in filter(None, (not self.is_tiny and self.base, self.reference)):
             if models.read_config(directory).vocab_size < self.tokenizer.vocab_size:
-                raise InputError(f"{directory}: has fewer embeddings than {settings.model}'s tokenizer has ids; "
-                                 "policy, reference and tokenizer must belong together")
+                raise InputError(f"{directory}: has fewer embeddings than the tokenizer has ids; policy, "
+                                 "reference and tokenizer must belong together")
         self.read_data()
         self.out.mkdir(parents=True, exist_ok=True)
         write(self.out / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")
