@@ -161,9 +161,9 @@ def parse_settings(argv=None):
 # Shapes: B batch, T time, S cached time, C channels, H heads, K heads of keys, D head size, V vocabulary
 
 
-def rotary_frequencies(config):
+def rotary_frequencies(config, device):
     """Angle per position of each pair of channels, (D/2,) float32. Llama-3.1 stretches the slow ones."""
-    pair = torch.arange(0, config.head_size, 2, dtype=torch.float32)
+    pair = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
     freq = config.rope_theta ** (-pair / config.head_size)
     if config.rope_scaling:
         s = config.rope_scaling
@@ -263,7 +263,7 @@ class Transformer(nn.Module):
         if self.position is not None:
             x = x + self.position(position)
         else:
-            angle = position[:, None, :, None] * rotary_frequencies(self.config).to(tokens.device)
+            angle = position[:, None, :, None] * rotary_frequencies(self.config, tokens.device)
             rope = angle.cos(), angle.sin()  # (1 or B, 1, T, D/2)
         for layer in self.layers:
             x = layer(x, position, rope, cache, mask)
@@ -778,7 +778,8 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
             with torch.autocast(device, torch.bfloat16, enabled=s.dtype == "bfloat16"):
                 losses, stats = losses_of(model, [items[chosen[i]] for i in group], s)
             (losses.sum() / len(chosen)).backward()
-            totals.update({name: float(values.detach().double().sum()) for name, values in stats.items()})
+            sums = torch.stack([values.detach().double().sum() for values in stats.values()]).tolist()
+            totals.update(dict(zip(stats, sums)))
         row = {name: total / len(chosen) for name, total in totals.items()}  # of all micro-batches
         row["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), s.clip))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):

@@ -47,8 +47,8 @@ def read_json(path: Path) -> dict:
 
 
 SETTINGS = {  # --model NAME -> its own defaults for dice.Settings
-    "tiny": dict(temperature=1.0, top_p=0.9, max_new_tokens=96, rows=512, chunk=256, batch=16, steps=32, epochs=2,
-                 lr=6e-5, warmup=0, sft_steps=1400, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5,
+    "tiny": dict(temperature=1.0, top_p=0.9, max_new_tokens=96, rows=512, chunk=256, batch=16, steps=32,
+                 epochs=2, lr=6e-5, warmup=0, sft_steps=1400, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5,
                  train_tokens=8192),
 }
 
@@ -183,8 +183,8 @@ def parse_config(raw: dict, path) -> Config:
         context = size("max_position_embeddings")
         window = size("sliding_window", context)
         if kind == "mistral" or (kind == "qwen2" and flag("use_sliding_window")):
-            need(window >= context, f"{path}: sliding_window {window} is shorter than the context of {context}, and "
-                                    "attention here sees everything; set max_position_embeddings to "
+            need(window >= context, f"{path}: sliding_window {window} is shorter than the context {context}, "
+                                    "and attention here sees everything; set max_position_embeddings to "
                                     f"{window} to use the first window, where the two are the same")
         bias = kind == "llama" and flag("attention_bias")
         theta, scaling = rotary(raw, path)
