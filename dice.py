@@ -27,6 +27,7 @@ Done differently from the paper and its code:
 
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import sys
@@ -34,13 +35,15 @@ import tempfile
 import time
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, field, fields
-from itertools import groupby
+from functools import cache, partial
+from itertools import groupby, islice
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as models
@@ -71,10 +74,24 @@ class Settings:
     rounds: int = knob(2, "DICE rounds; the paper saw no gain past the third", 0)
     samples: int = knob(16, "K, answers sampled per prompt and round", 2)
     gamma: float = knob(0.5, "share of offline pairs in a round's training mixture", 0, 1)
-    alpha: str = knob("auto", "length penalty, nats per character; auto: the one that leaves no length gap")
-    beta: float = knob(0.1, "DPO's beta: how strongly the policy is held to its reference", TINIEST)
-    labeller: str = knob("implicit", "who ranks the samples; gold, the tiny world's judge, is an upper bound",
-                         choices=("implicit", "gold"))
+    alpha: str = knob("auto", "length penalty, nats per unit of length; auto: alpha*, the one that leaves no "
+                              "length gap; 2x: twice that")
+    length: str = knob("chars", "the unit of that length", choices=("chars", "tokens"))
+    labeller: str = knob("implicit", "who ranks the samples: implicit, DICE's reward; gold, the tiny world's "
+                                     "judge, an upper bound; or the directory of a reward model")
+    reward_reference: str = knob("previous", "pi_{t-1} in the implicit reward: the previous policy, or the "
+                                             "first round's", choices=("previous", "first"))
+    rejected: str = knob("worst", "what the best answer is paired with", choices=("worst", "random"))
+    filter: str = knob("none", "fdpo: before each epoch, drop the pairs whose chosen answer is no "
+                               "better than what the policy says by then", choices=("none", "fdpo"))
+    # the objective, and what some of the losses add to it
+    loss: str = knob("dpo", "one of the losses named below")
+    beta: float = knob(0.1, "how strongly the policy is held to its reference", TINIEST)
+    label_smoothing: float = knob(0.1, "cdpo: share of pairs taken to be labelled wrongly", 0, 0.5)
+    length_margin: float = knob(0.02, "lr-dpo: reward per token by which the chosen answer is longer", 0)
+    offset: float = knob(1.0, "odpo: reward per nat of log(score difference)", 0)
+    kl_weight: float = knob(0.5, "tdpo2: its alpha, the weight of the difference of sequence KLs", 0)
+    target_margin: float = knob(1.0, "simpo: its gamma, the reward by which the chosen answer should win", 0)
     # sampling
     temperature: float = knob(0.9, "0 is greedy", 0)
     top_p: float = knob(1.0, "sample from the smallest set of tokens with this probability", TINIEST, 1)
@@ -94,7 +111,7 @@ class Settings:
     sft_steps: int = knob(0, "steps of supervised fine-tuning on the chosen answers first; 0: none", 0)
     sft_lr: float = knob(2e-5, "its peak learning rate, cosine to zero", TINIEST)
     sft_batch: int = knob(32, "its answers per step", 1)
-    dpo_steps: int = knob(300, "steps at most of the DPO stage, for a policy without --reference", 1)
+    dpo_steps: int = knob(300, "steps at most of the DPO stage, for a policy without --reference; 0: none", 0)
     dpo_lr: float = knob(5e-7, "its learning rate", TINIEST)
     # the machine
     seed: int = knob(0, "of everything random", 0)
@@ -119,13 +136,19 @@ class Settings:
                 bound += f" and at most {most}" if most < math.inf else ""
                 raise InputError(f"{flag} {value}: must be {bound}")
         try:
-            alpha = 0.0 if self.alpha == "auto" else float(self.alpha)
+            alpha = 0.0 if self.alpha == "auto" else float(self.alpha.removesuffix("x"))
         except ValueError:
             alpha = math.nan
         if not 0 <= alpha < math.inf:
-            raise InputError(f"--alpha {self.alpha}: must be auto or a number of at least 0")
-        if self.labeller == "gold" and (self.model != "tiny" or self.prompts):
-            raise InputError("--labeller gold: judges the tiny world alone; leave out --model and --prompts")
+            raise InputError(f"--alpha {self.alpha}: must be auto, 2x (twice what auto finds), or a number "
+                             "of at least 0")
+        self.settle_loss()
+        if self.labeller == "gold" and (self.model != "tiny" or self.prompts or self.preferences):
+            raise InputError("--labeller gold: judges the tiny world alone; leave out --model, --prompts and "
+                             "--preferences")
+        if self.labeller != "implicit" and self.reward_reference != "previous":
+            raise InputError(f"--reward-reference {self.reward_reference}: is of the implicit reward alone; "
+                             f"--labeller {self.labeller} has no reference")
         if self.reference and self.model == "tiny":
             raise InputError(f"--reference {self.reference}: needs --model, what was trained from it")
         if self.device == "auto":
@@ -138,19 +161,34 @@ class Settings:
             raise InputError(f"--device {self.device}: {str(error).splitlines()[0]}")
 
 
+    def settle_loss(self):
+        """InputError if there is no such loss, or if a setting was given that it does not read."""
+        if self.loss not in LOSSES:
+            raise InputError(f"--loss {self.loss}: choose one of {', '.join(LOSSES)}")
+        for f in fields(self):
+            readers = [name for name in LOSSES if f.name in loss_inputs(name)]
+            if readers and self.loss not in readers and getattr(self, f.name) != f.default:
+                raise InputError(f"--{f.name.replace('_', '-')} {getattr(self, f.name)}: --loss {self.loss} "
+                                 f"does not read it; it belongs to --loss {' or '.join(readers)}")
+
+
 def parse_settings(argv=None):
-    """Command line -> Settings. What is not given there is the model's own setting, or else the default."""
-    own = "\n".join(f"{name} has settings of its own: {values}" for name, values in models.SETTINGS.items())
-    parser = argparse.ArgumentParser(description=__doc__, epilog=own,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Command line -> Settings. What is not given there is the loss's or the model's own, or the default."""
+    own = [f"{name} has settings of its own: {values}"
+           for name, values in {**models.SETTINGS, **LOSS_SETTINGS}.items()]
+    losses = [f"  {name:8}{', '.join(x for x in loss_inputs(name) if hasattr(Settings, x))}"
+              for name in LOSSES]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="\n".join(["losses, and the settings that each reads:", *losses, *own]))
     for f in fields(Settings):
         default = f"default: {f.default}" if f.default != "" else "default: none"
         options = f"{', '.join(f.metadata['choices'])}; " if f.metadata["choices"] else ""
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
                             help=f"{f.metadata['help']} ({options}{default})")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    model = given.get("model", Settings.model)
-    settings = Settings(**{**models.SETTINGS.get(model, {}), **given})
+    model, loss = given.get("model", Settings.model), given.get("loss", Settings.loss)
+    settings = Settings(**{**models.SETTINGS.get(model, {}), **LOSS_SETTINGS.get(loss, {}), **given})
     settings.out = settings.out or f"out/{Path(model).name}"
     settings.settle()
     return settings
@@ -239,7 +277,9 @@ class Transformer(nn.Module):
         self.position = nn.Embedding(config.context, config.width) if config.position == "learned" else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = make_norm(config)
-        self.head = None if config.tied else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = None
+        if config.labels or not config.tied:
+            self.head = nn.Linear(config.width, config.labels or config.vocab_size, bias=False)
 
     @property
     def device(self):
@@ -370,6 +410,9 @@ def pick(logits, uniform, temperature, top_p):
     cdf = probs.cumsum(-1)
     place = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # (B, 1)
     return (place if token is None else token.gather(1, place))[:, 0]
+
+
+EVALUATION, FILTER = 2**31, 2**32  # stand for the round in the random numbers of other answers than a round's
 
 
 def random_numbers(seed, round, prompt, sample, count):
@@ -533,11 +576,12 @@ class TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight.to(weight.dtype), None
 
 
-def sequence_logprobs(model, prompts, answers):
-    """log pi(answer | prompt), summed over the answer's tokens: B lists of ids each -> (B,).
+def answer_states(model, prompts, answers):
+    """What scores the tokens of B answers, N in all, given B prompts, as lists of ids.
 
-    The end token belongs to the answer and counts; the prompt does not. Padding is on the right, where
-    causal attention cannot see it, so no mask is needed; what comes out at the padding is not looked at.
+    Returns hidden states (N, C), the tokens (N,), and a function that sums (N,) over each answer, to (B,).
+    The end token belongs to the answer; the prompt does not. Padding is on the right, where causal attention
+    cannot see it, so no mask is needed; what comes out at the padding is not looked at.
     """
     tokens, _ = pad([p + a for p, a in zip(prompts, answers)], model.device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:]  # (B, T)
@@ -546,14 +590,42 @@ def sequence_logprobs(model, prompts, answers):
     T = inputs.shape[1]
     place = torch.tensor([row * T + t for row, (p, a) in enumerate(zip(prompts, answers))
                           for t in range(len(p) - 1, len(p) + len(a) - 1)], device=tokens.device)  # (N,)
-    logprobs = TokenLogprobs.apply(*model.head_inputs(hidden.flatten(0, 1)[place]), targets.flatten()[place])
-    return logprobs.new_zeros(targets.numel()).index_put((place,), logprobs).view(-1, T).sum(1)
+
+    def total(values):
+        return values.new_zeros(targets.numel()).index_put((place,), values).view(-1, T).sum(1)
+
+    return hidden.flatten(0, 1)[place], targets.flatten()[place], total
 
 
-def answer_logprobs(model, samples):
-    """Sequence log-probs (B,) of samples, and the lengths of their answers in tokens (B,)."""
-    logprobs = sequence_logprobs(model, [x.prompt.ids for x in samples], [x.tokens for x in samples])
-    return logprobs, torch.tensor([float(len(x.tokens)) for x in samples], device=logprobs.device)
+def sequence_logprobs(model, prompts, answers):
+    """log pi(answer | prompt), summed over the answer's tokens: B lists of ids each -> (B,)."""
+    hidden, targets, total = answer_states(model, prompts, answers)
+    return total(TokenLogprobs.apply(*model.head_inputs(hidden), targets))
+
+
+def sequence_logprobs_and_kl(model, reference, prompts, answers):
+    """log pi(answer | prompt) and SeqKL(ref || pi), both (B,), of TDPO (arXiv 2404.11999).
+
+    SeqKL sums KL(ref(.|prefix) || pi(.|prefix)) over the places of the answer. Whole distributions of both
+    models stand side by side for a chunk of places at a time, and are made again in the backward pass.
+    """
+    hidden, targets, total = answer_states(model, prompts, answers)
+    with torch.no_grad():
+        fixed, _, _ = answer_states(reference, prompts, answers)  # (N, C of the reference)
+
+    def chunk_kl(hidden, fixed):
+        policy, ref = (F.log_softmax(net.logits(x), -1, dtype=torch.promote_types(x.dtype, torch.float32))
+                       for net, x in ((model, hidden), (reference, fixed)))  # (n, V)
+        return F.kl_div(policy, ref, reduction="none", log_target=True).sum(-1)
+
+    size = max(1, LOGITS // model.config.vocab_size)
+    kl = torch.cat([checkpoint(chunk_kl, h, f, use_reentrant=False)
+                    for h, f in zip(hidden.split(size), fixed.split(size))])
+    return total(TokenLogprobs.apply(*model.head_inputs(hidden), targets)), total(kl)
+
+
+def prompts_and_answers(samples):
+    return [x.prompt.ids for x in samples], [x.tokens for x in samples]
 
 
 def batches(sizes, tokens):
@@ -573,7 +645,7 @@ def score(model, samples, tokens, what):
     result = [0.0] * len(samples)
     with tqdm(total=len(samples), desc=what, unit="answer", leave=False) as bar:
         for group in batches([x.padded for x in samples], tokens):
-            logprobs, _ = answer_logprobs(model, [samples[i] for i in group])
+            logprobs = sequence_logprobs(model, *prompts_and_answers([samples[i] for i in group]))
             for i, value in zip(group, logprobs.tolist()):
                 result[i] = value
             bar.update(len(group))
@@ -582,12 +654,75 @@ def score(model, samples, tokens, what):
 
 # ----------------------------------------------------------------------------------------------------------
 # The formulas: pure functions of tensors or arrays
-# p and r: log-probs of an answer under policy and reference; w and l: chosen (won) and rejected (lost)
+# w and l: chosen (won) and rejected (lost) answer. p and r: their log-probs under policy and reference;
+# n: their tokens; score: what their labeller gave them; kl: SeqKL(ref || pi). All (B,). beta * (p - r) is the
+# reward that the policy itself carries. A loss says what it needs by the names of its parameters, no more.
 
 
 def dpo_loss(p_w, p_l, r_w, r_l, beta):
-    """-log sigmoid(beta * ((p_w - r_w) - (p_l - r_l))), (B,) each. arXiv 2305.18290 eq. 7"""
+    """-log sigmoid(beta * ((p_w - r_w) - (p_l - r_l))), (B,). arXiv 2305.18290 eq. 7"""
     return -F.logsigmoid(beta * ((p_w - r_w) - (p_l - r_l)))
+
+
+def cdpo_loss(p_w, p_l, r_w, r_l, beta, label_smoothing):
+    """DPO where each label is wrong with this probability: Mitchell, "A note on DPO with noisy preferences"
+    (2023)."""
+    right, wrong = dpo_loss(p_w, p_l, r_w, r_l, beta), dpo_loss(p_l, p_w, r_l, r_w, beta)
+    return (1 - label_smoothing) * right + label_smoothing * wrong
+
+
+def lr_dpo_loss(p_w, p_l, r_w, r_l, n_w, n_l, beta, length_margin):
+    """DPO with a length margin, the loss of iLR-DPO (arXiv 2406.11817; R-DPO 2403.19159).
+
+    Mind the sign: a longer winner has part of its margin for free, so less is learned from it.
+    """
+    return -F.logsigmoid(beta * ((p_w - r_w) - (p_l - r_l)) + length_margin * (n_w - n_l))
+
+
+def odpo_loss(p_w, p_l, r_w, r_l, score_w, score_l, beta, offset):
+    """DPO whose winner must win by more, the better its score: arXiv 2402.10571, with the authors'
+    log as its f. score_w > score_l is the caller's to see to: else this is infinite, or not a number."""
+    return -F.logsigmoid(beta * ((p_w - r_w) - (p_l - r_l)) - offset * (score_w - score_l).log())
+
+
+def tdpo1_loss(p_w, p_l, r_w, r_l, kl_w, kl_l, beta):
+    """Token-level DPO, held to the reference at every token of both answers. arXiv 2404.11999"""
+    return -F.logsigmoid(beta * ((p_w - r_w) - (p_l - r_l) - (kl_l - kl_w)))
+
+
+def tdpo2_loss(p_w, p_l, r_w, r_l, kl_w, kl_l, beta, kl_weight):
+    """TDPO1, but the KL of the chosen answer is a fixed standard for that of the rejected one. Same paper"""
+    return -F.logsigmoid(beta * ((p_w - r_w) - (p_l - r_l) - kl_weight * (kl_l - kl_w.detach())))
+
+
+def ipo_loss(p_w, p_l, r_w, r_l, n_w, n_l, beta):
+    """Squared distance of the margin from 1 / (2 beta), which no number of steps can overshoot:
+    arXiv 2310.12036 eq. 17, beta being its tau.
+
+    With MEANS over tokens, as its authors' own code and TRL's: the target is one number for all pairs, which
+    sums, that grow with the answers, would reach by a few long answers alone.
+    """
+    return ((p_w - r_w) / n_w - (p_l - r_l) / n_l - 1 / (2 * beta)).square()
+
+
+def simpo_loss(p_w, p_l, n_w, n_l, beta, target_margin):
+    """No reference; the mean log-prob of the tokens is the reward. arXiv 2405.14734 eq. 6"""
+    return -F.logsigmoid(beta * (p_w / n_w - p_l / n_l) - target_margin)
+
+
+LOSSES = {"dpo": dpo_loss, "cdpo": cdpo_loss, "lr-dpo": lr_dpo_loss, "odpo": odpo_loss, "tdpo1": tdpo1_loss,
+          "tdpo2": tdpo2_loss, "ipo": ipo_loss, "simpo": simpo_loss}
+LOSS_SETTINGS = {"simpo": {"beta": 2.0}}  # --loss NAME -> its own defaults: its beta is another thing
+
+
+@cache
+def loss_inputs(name):
+    return tuple(inspect.signature(LOSSES[name]).parameters)
+
+
+def fdpo_keeps(sample, chosen):
+    """Keep a pair while its chosen answer scores above what the policy says by itself. arXiv 2404.13846"""
+    return sample < chosen
 
 
 def implicit_reward(policy, reference):
@@ -595,33 +730,41 @@ def implicit_reward(policy, reference):
     return policy - reference
 
 
-def best_and_worst(reward, length, valid, alpha):
+def best_and_worst(reward, length, valid, alpha, lots=None):
     """Which answers of each prompt have the highest and the lowest shaped reward, reward - alpha * length,
-    among the valid ones: (P, K) arrays -> two arrays (P,). DICE section 3.2"""
-    shaped = reward - alpha * length
-    return np.where(valid, shaped, -np.inf).argmax(1), np.where(valid, shaped, np.inf).argmin(1)
+    among the valid ones: (P, K) arrays -> two arrays (P,). DICE section 3.2
+
+    lots: random numbers (P, K); the second answer is then any but the best, by the lowest of these.
+    """
+    shaped, prompt = reward - alpha * length, np.arange(len(reward))
+    best = np.where(valid, shaped, -np.inf).argmax(1)
+    low = np.where(valid, shaped if lots is None else lots, np.inf)
+    if lots is not None:
+        low[prompt, best] = np.inf
+    return best, low.argmin(1)
 
 
-def length_gap(reward, length, valid, alpha):
+def length_gap(reward, length, valid, alpha, lots=None):
     """Mean over the prompts of length(best) - length(worst)."""
-    best, worst = best_and_worst(reward, length, valid, alpha)
+    best, worst = best_and_worst(reward, length, valid, alpha, lots)
     prompt = np.arange(len(reward))
     return float((length[prompt, best] - length[prompt, worst]).mean())
 
 
-def search_alpha(reward, length, valid):
+def search_alpha(reward, length, valid, lots=None):
     """The alpha >= 0 that brings the length gap nearest to 0, the middle of all that do. DICE section 3.2
 
     With more alpha the best answer can only get shorter and the worst only longer. So the gap is a
-    staircase that only falls, and bisection finds its steps exactly.
+    staircase that only falls, and bisection finds its steps exactly. (Against random answers it can rise
+    a little where the best answer changes places with the random one; a crossing is found all the same.)
     """
     def gap(alpha):
-        return length_gap(reward, length, valid, alpha)
+        return length_gap(reward, length, valid, alpha, lots)
 
     def step(below):
         """The last alpha before, and the first at which below(gap) holds."""
         low, high = 0.0, 1e-6
-        while not below(gap(high)):
+        while not below(gap(high)) and high < 1e12:
             low, high = high, 2 * high
         for _ in range(60):
             middle = (low + high) / 2
@@ -645,24 +788,25 @@ def search_alpha(reward, length, valid):
 class Prompt:
     content: object  # the text of one user turn, or a list of {"role", "content"}
     ids: list  # its token ids in the chat format, up to where the answer begins
+    steps: str | None = None  # Step-DPO: how the answer begins, which ids have too; only what follows counts
 
     @property
     def key(self):
-        """Equal for equal prompts."""
+        """Equal for equal prompts, however their answers begin."""
         return json.dumps(self.content)
 
 
 @dataclass
 class Sample:
     prompt: Prompt
-    tokens: list  # ids of the answer, the end token included
+    tokens: list  # ids of the answer, the end token included (but not after a step of Step-DPO)
     text: str
     number: int = 0  # which of the prompt's K
     finish: str = "stop"  # or "length": cut by the limit
     policy: float = math.nan  # log-prob under pi_t, from which training starts and which is its reference
     reference: float = math.nan  # log-prob under pi_{t-1}
-    reward: float = math.nan
-    shaped: float = math.nan
+    reward: float = math.nan  # the labeller's
+    shaped: float = math.nan  # reward less the penalty for length; of an offline answer the score in its data
 
     def __len__(self):
         """Tokens of prompt and answer."""
@@ -736,26 +880,51 @@ def mixture_sizes(left, gamma):
 # Training
 
 
+def lengths(samples, device):
+    """Tokens of each answer, (B,)."""
+    return torch.tensor([float(len(x.tokens)) for x in samples], device=device)
+
+
 def sft_losses(model, samples, settings):
     """Mean negative log-likelihood of the tokens of each answer (B,), and what to log."""
-    logprobs, tokens = answer_logprobs(model, samples)
-    losses = -logprobs / tokens
+    tokens = lengths(samples, model.device)
+    losses = -sequence_logprobs(model, *prompts_and_answers(samples)) / tokens
     return losses, {"loss": losses, "answer_tokens": tokens}
 
 
-def dpo_losses(model, pairs, settings):
-    """DPO losses (B,) of pairs whose samples know their log-prob under the reference, and what to log."""
+def preference_losses(model, pairs, settings, reference=None):
+    """--loss of pairs (B,) whose samples know their log-prob under the reference, and what to log. The
+    reference itself is needed by losses with a KL alone."""
     samples = [p.chosen for p in pairs] + [p.rejected for p in pairs]  # one batch through the model
-    logprobs, tokens = answer_logprobs(model, samples)
-    reference = torch.tensor([x.policy for x in samples], device=logprobs.device)
-    (p_w, p_l), (r_w, r_l), (n_w, n_l) = logprobs.chunk(2), reference.chunk(2), tokens.chunk(2)
-    losses = dpo_loss(p_w, p_l, r_w, r_l, settings.beta)
-    margin = settings.beta * ((p_w - r_w) - (p_l - r_l))
-    return losses, {"loss": losses, "accuracy": (margin > 0).float(), "margin": margin, "chosen_logprob": p_w,
-                    "rejected_logprob": p_l, "chosen_tokens": n_w, "rejected_tokens": n_l}
+    texts = prompts_and_answers(samples)
+    if reference:
+        logprobs, kl = sequence_logprobs_and_kl(model, reference, *texts)
+    else:
+        logprobs, kl = sequence_logprobs(model, *texts), None
+    known = {"p": logprobs, "r": logprobs.new_tensor([x.policy for x in samples]), "kl": kl,
+             "n": lengths(samples, model.device), "score": logprobs.new_tensor([x.shaped for x in samples])}
+    terms = {f"{name}_{side}": part for name, values in known.items() if values is not None
+             for side, part in zip("wl", values.chunk(2))}
+    losses = LOSSES[settings.loss](**{name: terms[name] if name in terms else getattr(settings, name)
+                                      for name in loss_inputs(settings.loss)})
+    margin = settings.beta * ((terms["p_w"] - terms["r_w"]) - (terms["p_l"] - terms["r_l"]))
+    stats = {"loss": losses, "accuracy": (margin > 0).float(), "margin": margin,
+             "chosen_logprob": terms["p_w"], "rejected_logprob": terms["p_l"],
+             "chosen_tokens": terms["n_w"], "rejected_tokens": terms["n_l"]}
+    if reference:
+        stats |= {"chosen_kl": terms["kl_w"], "rejected_kl": terms["kl_l"]}
+    return losses, stats
 
 
-def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, decay=False):
+def training_order(items, epochs, rng, keep):
+    """Indices of items, shuffled anew in every epoch, of those that keep(epoch, indices) still wants."""
+    kept = list(range(len(items)))
+    for epoch in range(epochs):
+        kept = keep(epoch, kept) if keep else kept
+        yield from (kept[i] for i in rng.permutation(len(kept)))
+
+
+def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, decay=False, keep=None):
     """AdamW on losses_of(model, some items, settings), items being Samples or Pairs.
 
     A step's items are split into micro-batches of similar size, over which gradients add up: the split
@@ -763,12 +932,14 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
     gradient would spoil.
     """
     s, device = run.settings, model.device.type
-    rng = np.random.default_rng([s.seed, *stage.encode()])
-    order = np.concatenate([rng.permutation(len(items)) for _ in range(epochs)])
-    steps = min(steps, math.ceil(len(order) / batch))
+    order = training_order(items, epochs, np.random.default_rng([s.seed, *stage.encode()]), keep)
+    steps = min(steps, math.ceil(epochs * len(items) / batch))
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     for step in tqdm(range(steps), desc=stage, unit="step"):
-        started, chosen = time.perf_counter(), order[step * batch:(step + 1) * batch]
+        chosen = list(islice(order, batch))
+        if not chosen:  # the filter has left nothing more to train on
+            break
+        started = time.perf_counter()
         rate = lr * min(1, (step + 1) / max(1, s.warmup))
         if decay:
             rate *= (1 + math.cos(math.pi * step / steps)) / 2
@@ -791,10 +962,13 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
         run.log({"stage": stage, "step": step + 1, **row, "lr": rate, "tokens_per_second": round(speed)})
 
 
-def train_pairs(run, stage, model, pairs, *, lr, steps):
-    """DPO on pairs, from the model whose log-probs their samples hold."""
-    s = run.settings
-    train(run, stage, model, dpo_losses, pairs, lr=lr, steps=steps, epochs=s.epochs, batch=s.batch)
+def train_pairs(run, stage, pairs, policy, *, lr, steps, keep=None):
+    """Train the model in the directory `policy` on pairs whose samples hold its log-probs; return it."""
+    s, model = run.settings, run.load(policy, training=True)
+    reference = run.load(policy) if "kl_w" in loss_inputs(s.loss) else None
+    train(run, stage, model, partial(preference_losses, reference=reference), pairs, lr=lr, steps=steps,
+          epochs=s.epochs, batch=s.batch, keep=keep and partial(keep, model))
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -818,9 +992,15 @@ class Run:
             self.tokenizer = models.read_tokenizer(self.base, settings.chat)
         self.reference = models.resolve(settings.reference) if settings.reference else None
         for directory in filter(None, (not self.is_tiny and self.base, self.reference)):
-            if models.read_config(directory).vocab_size < self.tokenizer.vocab_size:
+            config = models.read_config(directory)
+            if config.labels:
+                raise InputError(f"{directory}: is a reward model, which cannot speak; give it to --labeller")
+            if config.vocab_size < self.tokenizer.vocab_size:
                 raise InputError(f"{directory}: has fewer embeddings than the tokenizer has ids; policy, "
                                  "reference and tokenizer must belong together")
+        self.labeller = None
+        if settings.labeller not in ("implicit", "gold"):
+            self.labeller = RewardModel(models.resolve(settings.labeller), settings)
         self.read_data()
         self.out.mkdir(parents=True, exist_ok=True)
         write(self.out / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")
@@ -833,7 +1013,7 @@ class Run:
         if s.preferences:
             offline = jsonl.read_preferences(s.preferences)
         elif self.is_tiny:
-            offline = [("", r["prompt"], r["chosen"], r["rejected"]) for r in tiny.preferences(s.seed)]
+            offline = [jsonl.preference(row, "") for row in tiny.preferences(s.seed)]
         if s.prompts:
             prompts = jsonl.read_prompts(s.prompts)
         elif self.is_tiny:
@@ -842,12 +1022,18 @@ class Run:
             prompts = []  # those of the usable pairs, below
         else:
             raise InputError("nothing to sample for: give --prompts FILE or --preferences FILE")
-        if not offline and not self.reference:
+        if s.labeller == "implicit" and not self.reference and not s.dpo_steps:
+            raise InputError("--dpo-steps 0: the implicit reward needs a policy that DPO has trained, and "
+                             "what it was trained from: give --reference DIR, or leave --dpo-steps alone")
+        if not offline and not self.reference and s.dpo_steps:
             raise InputError("DICE starts from a policy and the model it was DPO-trained from: give "
                              "--reference DIR, or --preferences FILE to train the policy with DPO first")
+        if not offline and s.gamma and s.rounds:
+            raise InputError(f"--gamma {s.gamma}: there are no offline pairs to replay; give --preferences "
+                             "FILE, or --gamma 0 to do without")
         self.offline = self.fitting(offline)
+        prompts = prompts or {p.prompt.key: ("", p.prompt.content) for p in self.offline}.values()
         self.prompts = [self.prompt(content, where) for where, content in prompts]
-        self.prompts = self.prompts or list({p.prompt.key: p.prompt for p in self.offline}.values())
 
     def prompt(self, content, where=""):
         prompt = Prompt(content, self.tokenizer.prompt(content))
@@ -857,11 +1043,19 @@ class Run:
         return prompt
 
     def fitting(self, rows):
-        """Pairs of (where, prompt, chosen, rejected) rows. Those too long are counted, left out, not cut."""
-        limit, pairs, same = min(self.settings.max_tokens, self.config.context), [], 0
-        for _, content, chosen, rejected in rows:
-            prompt = Prompt(content, self.tokenizer.prompt(content))
-            best, worst = (Sample(prompt, self.tokenizer.answer(text), text) for text in (chosen, rejected))
+        """Pairs from rows of data.jsonl. Those too long are counted, left out, not cut."""
+        s, pairs, same = self.settings, [], 0
+        limit = min(s.max_tokens, self.config.context)
+        for where, content, chosen, rejected, scores, steps in rows:
+            if "score_w" in loss_inputs(s.loss) and not (scores and scores[0] > scores[1]):
+                raise InputError(f'{where}: --loss {s.loss} needs a "score_chosen" above its '
+                                 f'"score_rejected", and has {scores or "none"}; mend or remove the row')
+            prompt, encode = Prompt(content, self.tokenizer.prompt(content), steps), self.tokenizer.answer
+            if steps is not None:  # one step of an answer: what comes before it is given, and it ends nothing
+                encode = partial(self.tokenizer.encode, start=False)
+                prompt.ids += encode(steps)
+            best, worst = (Sample(prompt, encode(text), text, shaped=score)
+                           for text, score in zip((chosen, rejected), scores or (math.nan, math.nan)))
             same += chosen == rejected
             if chosen != rejected and max(len(best), len(worst)) <= limit:
                 pairs.append(Pair(best, worst, "replayed"))
@@ -911,7 +1105,7 @@ class Run:
     def score_pairs(self, model, pairs):
         """Give offline pairs their log-probs under the model that training starts from, its reference."""
         samples = [x for p in pairs for x in (p.chosen, p.rejected)]
-        for x, logprob in zip(samples, self.score(model, samples, "reference log-probs")):
+        for x, logprob in zip(samples, self.score(model, samples, "log-probs of offline pairs")):
             x.policy = logprob
 
 
@@ -949,9 +1143,13 @@ def first_models(run):
         return policy, run.reference
     if s.sft_steps:
         policy = supervised(run, policy)
-    model = run.load(policy, training=True)
-    run.score_pairs(model, run.offline)
-    train_pairs(run, "dpo", model, run.offline, lr=s.dpo_lr, steps=s.dpo_steps)
+    if not s.dpo_steps:
+        return policy, None
+    run.score_pairs(run.load(policy), run.offline)
+    keep = None
+    if s.filter == "fdpo" and s.labeller != "implicit":  # there is no implicit reward before there is DPO
+        keep = partial(fdpo, run, 0, policy, None, run.offline)
+    model = train_pairs(run, "dpo", run.offline, policy, lr=s.dpo_lr, steps=s.dpo_steps, keep=keep)
     return run.save(model, "dpo"), policy
 
 
@@ -973,36 +1171,103 @@ def supervised(run, base):
 
 
 def dice_round(run, number, policy, reference):
-    """One round: from the directories of pi_t and pi_{t-1} to the directory of pi_{t+1}."""
+    """One round: from the directories of pi_t and pi_{t-1} to the directory of pi_{t+1}. One model is in
+    memory at a time. Without a reference, the samples' rewards must come from another labeller."""
     s, stage = run.settings, f"round-{number}"
-    model = run.load(policy)
-    samples = run.sample(model, run.prompts, s.samples, number, f"{stage} samples")
-    reward_answers(run, samples, model, run.load(reference))
-    alpha, pairs = shape_and_pair(samples, s)
+    samples = run.sample(run.load(policy), run.prompts, s.samples, number, f"{stage} samples")
+    score_answers(run, samples, policy, reference)
+    reward_answers(run, samples)
+    alpha, pairs = shape_and_pair(samples, s, np.random.default_rng([s.seed, number, 1]))
     mixture = ReplayBuffer(run.offline).mix(pairs, s.gamma, np.random.default_rng([s.seed, number]))
-    run.score_pairs(model, [p for p in mixture if p.source == "replayed"])
+    run.score_pairs(run.load(policy), [p for p in mixture if p.source == "replayed"])
     record_round(run, stage, alpha, samples, mixture)
-    model = run.load(policy, training=True)
-    train_pairs(run, stage, model, mixture, lr=s.lr, steps=s.steps)
+    keep = partial(fdpo, run, number, policy, reference, mixture) if s.filter == "fdpo" else None
+    model = train_pairs(run, stage, mixture, policy, lr=s.lr, steps=s.steps, keep=keep)
     return run.save(model, f"{stage}/policy")
 
 
-def reward_answers(run, samples, model, reference):
-    """Give each sample both of its log-probs and its reward, the labeller's."""
-    for x, logprob in zip(samples, run.score(model, samples, "policy log-probs")):
+def score_answers(run, samples, policy, reference):
+    """Give samples their log-probs under the models in two directories."""
+    for x, logprob in zip(samples, run.score(run.load(policy), samples, "policy log-probs")):
         x.policy = logprob
-    for x, logprob in zip(samples, run.score(reference, samples, "reference log-probs")):
-        x.reference = logprob
+    if reference:
+        for x, logprob in zip(samples, run.score(run.load(reference), samples, "reference log-probs")):
+            x.reference = logprob
+
+
+def reward_answers(run, samples):
+    """Give samples the labeller's rewards; for its own, DICE's, they must have their log-probs."""
+    if run.labeller:
+        for x, reward in zip(samples, run.labeller.score(samples)):
+            x.reward = reward
+        return
     for x in samples:
+        if run.settings.labeller == "gold":
+            x.reward = tiny.judge(x.prompt.content, x.text)
+            continue
         x.reward = implicit_reward(x.policy, x.reference)
         if not math.isfinite(x.reward):
             raise InputError(f"reward {x.reward} (log-probs {x.policy} and {x.reference}) for an answer to "
                              f"{str(x.prompt.content)[:60]!r}; check the two models, or try --dtype float32")
-        if run.settings.labeller == "gold":
-            x.reward = tiny.judge(x.prompt.content, x.text)
 
 
-def shape_and_pair(samples, settings):
+class RewardModel:
+    """A Hugging Face sequence-classification model with one output, iLR-DPO's labeller: a Llama body whose
+    head reads the hidden state of a conversation's last token."""
+
+    def __init__(self, directory, settings):
+        self.settings, self.directory = settings, directory
+        self.config, self.tokenizer = models.read_config(directory), models.read_tokenizer(directory)
+        if self.config.labels != 1:
+            raise InputError(f"--labeller {directory}: not a reward model; its config.json must name an "
+                             "architecture ...ForSequenceClassification, and one label")
+        if self.config.vocab_size < self.tokenizer.vocab_size:
+            raise InputError(f"--labeller {directory}: has fewer embeddings than its tokenizer has ids")
+        models.check_weights(directory, self.config)
+
+    @torch.no_grad()
+    def score(self, samples):
+        """The reward of each sample; nan, so that it is not used, where the text is too long for this."""
+        net = load_model(self.directory, self.settings.device, getattr(torch, self.settings.dtype))
+        texts = [self.tokenizer.prompt(x.prompt.content, (x.prompt.steps or "") + x.text) for x in samples]
+        fits = [i for i, ids in enumerate(texts) if len(ids) <= self.config.context]
+        scores = [math.nan] * len(texts)
+        if len(fits) < len(texts):
+            say(f"{len(texts) - len(fits)} of {len(texts)} answers are longer than the labeller's context of "
+                f"{self.config.context} tokens and are not used")
+        for group in batches([len(texts[i]) for i in fits], self.settings.score_tokens):
+            rows = [texts[fits[i]] for i in group]
+            # As transformers: the last token unlike the padding. An end token that serves as such is not read.
+            last = [max((t for t, token in enumerate(ids) if token != self.config.pad), default=0)
+                    for ids in rows]
+            hidden = net(pad(rows, net.device)[0])[torch.arange(len(rows)), last]  # (B, C)
+            for i, reward in zip(group, net.logits(hidden)[:, 0].tolist()):
+                scores[fits[i]] = reward
+        return scores
+
+
+def fdpo(run, number, policy, reference, pairs, model, epoch, kept):
+    """Filtered DPO: which of the pairs `kept` the labeller still finds better than what the model says now.
+
+    The labeller is the round's: the implicit reward of pi_t over pi_{t-1}, its penalty for length left out.
+    """
+    prompts = {pairs[i].prompt.key: pairs[i].prompt for i in kept}
+    draw = FILTER + number * 2**16 + epoch
+    own = run.sample(model, list(prompts.values()), 1, draw, f"fDPO, epoch {epoch + 1}")
+    new = own + [pairs[i].chosen for i in kept if math.isnan(pairs[i].chosen.reward)]
+    if run.settings.labeller == "implicit":
+        score_answers(run, new, policy, reference)
+    reward_answers(run, new)
+    said = {x.prompt.key: x.reward for x in own}
+    left = [i for i in kept if fdpo_keeps(said[pairs[i].prompt.key], pairs[i].chosen.reward)]
+    say(f"fDPO, epoch {epoch + 1}: {len(left)} of {len(kept)} pairs are kept")
+    if not left and not epoch:
+        raise InputError("--filter fdpo: leaves no pair to train on; by the labeller the policy's own answers "
+                         "are as good as every chosen one. Do without the filter, or stop here")
+    return left
+
+
+def shape_and_pair(samples, settings, rng=None):
     """alpha, and the best against the worst answer of each prompt that keeps enough answers; sets x.shaped.
 
     Answers cut by the limit, or of extreme length, are not valid. Of answers with the same text one is
@@ -1010,7 +1275,8 @@ def shape_and_pair(samples, settings):
     """
     s, kept = settings, []
     for _, group in groupby(samples, key=lambda x: id(x.prompt)):
-        valid = [x for x in group if x.finish == "stop" and s.min_chars < len(x.text) < s.max_chars]
+        valid = [x for x in group if x.finish == "stop" and s.min_chars < len(x.text) < s.max_chars
+                 and math.isfinite(x.reward)]
         different = list({x.text: x for x in reversed(valid)}.values())
         if len(valid) >= s.min_valid * s.samples and len(different) >= 2:
             kept.append(different)
@@ -1023,14 +1289,23 @@ def shape_and_pair(samples, settings):
     valid = np.zeros((len(kept), s.samples), dtype=bool)
     for i, group in enumerate(kept):
         reward[i, :len(group)] = [x.reward for x in group]
-        length[i, :len(group)] = [len(x.text) for x in group]
+        length[i, :len(group)] = [answer_length(x, s) for x in group]
         valid[i, :len(group)] = True
-    alpha = search_alpha(reward, length, valid) if s.alpha == "auto" else float(s.alpha)
+    lots = rng.random(reward.shape) if s.rejected == "random" else None
+    if s.alpha == "auto" or s.alpha.endswith("x"):
+        times = 1 if s.alpha == "auto" else float(s.alpha.removesuffix("x"))
+        alpha = times * search_alpha(reward, length, valid, lots)
+    else:
+        alpha = float(s.alpha)
     for x in samples:
-        x.shaped = x.reward - alpha * len(x.text)
+        x.shaped = x.reward - alpha * answer_length(x, s)
     pairs = [Pair(group[best], group[worst], "generated")
-             for group, best, worst in zip(kept, *best_and_worst(reward, length, valid, alpha))]
+             for group, best, worst in zip(kept, *best_and_worst(reward, length, valid, alpha, lots))]
     return alpha, [pair for pair in pairs if pair.chosen.shaped > pair.rejected.shaped]
+
+
+def answer_length(x, settings):
+    return len(x.text) if settings.length == "chars" else len(x.tokens)
 
 
 def record_round(run, stage, alpha, samples, pairs):
@@ -1041,7 +1316,7 @@ def record_round(run, stage, alpha, samples, pairs):
          "reward": x.reward, "shaped_reward": x.shaped} for x in samples))
     write_rows(run.out / stage / "pairs.jsonl", (
         {"prompt": p.prompt.content, "chosen": p.chosen.text, "rejected": p.rejected.text, "source": p.source}
-        for p in pairs))
+        | ({} if p.prompt.steps is None else {"initial_reason_steps": p.prompt.steps}) for p in pairs))
     new = [p for p in pairs if p.source == "generated"]
     gaps = [len(p.chosen.text) - len(p.rejected.text) for p in new]
     row = {"stage": stage, "alpha": alpha,
@@ -1053,14 +1328,14 @@ def record_round(run, stage, alpha, samples, pairs):
         gold = [[tiny.judge(p.prompt.content, x.text) for x in (p.chosen, p.rejected)] for p in new]
         row["pairs_right"] = sum(chosen > rejected for chosen, rejected in gold) / max(1, len(new))
     run.log(row)
-    say(f"{stage}: alpha {alpha:.4g} nats per character; {len(new)} generated pairs, chosen "
+    unit = {"chars": "character", "tokens": "token"}[run.settings.length]
+    say(f"{stage}: alpha {alpha:.4g} nats per {unit}; {len(new)} generated pairs, chosen "
         f"{row['pair_length_gap']:+.1f} characters longer; {len(pairs) - len(new)} replayed pairs")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Evaluation in the tiny world; nothing of it goes back into training
 
-EVALUATION = 2**31  # stands for the round in the random numbers of the held-out answers
 
 
 def evaluate(run, stage, policy, reference=None):
@@ -1079,19 +1354,26 @@ def evaluate(run, stage, policy, reference=None):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def run_rounds(run, policy, reference):
+    """--rounds of DICE, from the directories of the first policy and its reference (or None)."""
+    first = reference
+    for number in range(1, run.settings.rounds + 1):
+        rewarding = first if run.settings.reward_reference == "first" else reference
+        policy, reference = dice_round(run, number, policy, rewarding), policy
+        if run.is_tiny:
+            evaluate(run, f"round-{number}", policy, reference)
+
+
 def main(argv=None):
     """Run everything. Returns the exit code: 2 for bad input, which costs one line on stderr."""
     try:
-        settings = parse_settings(argv)
-        run = Run(settings)
+        run = Run(parse_settings(argv))
         policy, reference = first_models(run)
         if run.is_tiny:
-            evaluate(run, "sft", reference)
-            evaluate(run, "dpo", policy, reference)
-        for number in range(1, settings.rounds + 1):
-            policy, reference = dice_round(run, number, policy, reference), policy
-            if run.is_tiny:
-                evaluate(run, f"round-{number}", policy, reference)
+            evaluate(run, "sft", reference or policy)
+            if reference:
+                evaluate(run, "dpo", policy, reference)
+        run_rounds(run, policy, reference)
         print(report.write(run.out))
     except InputError as error:
         print(f"dice.py: {error}", file=sys.stderr)

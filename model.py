@@ -83,6 +83,8 @@ class Config:
     eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_scaling: dict | None = field(default=None, hash=False)          # the four LLAMA3_SCALING, or None
+    labels: int | None = None         # outputs of the head of a reward model, instead of the vocabulary's
+    pad: int | None = None            # a reward model's padding, which its head does not look at
     raw: dict = field(default_factory=dict, compare=False, repr=False)   # config.json as it was read
 
 
@@ -110,8 +112,8 @@ def parameter_shapes(config: Config) -> dict[str, tuple]:
         add(f"layers.{i}.up", gated * hidden, C, bias=config.mlp_bias)          # rows of gate, then up
         add(f"layers.{i}.down", C, hidden, bias=config.mlp_bias)
     add("norm", C, bias=config.norm == "layer")
-    if not config.tied:
-        shapes["head.weight"] = (V, C)
+    if config.labels or not config.tied:
+        shapes["head.weight"] = (config.labels or V, C)
     return shapes
 
 
@@ -192,11 +194,19 @@ def parse_config(raw: dict, path) -> Config:
             size("vocab_size"), context, size("num_hidden_layers", most=4096), width, heads, kv_heads,
             head_size, size("intermediate_size"), qkv_bias=bias or kind == "qwen2", out_bias=bias,
             mlp_bias=kind == "llama" and flag("mlp_bias"), tied=flag("tie_word_embeddings"),
-            eps=positive(raw, "rms_norm_eps", path, 1e-6), rope_theta=theta, rope_scaling=scaling, raw=raw)
+            eps=positive(raw, "rms_norm_eps", path, 1e-6), rope_theta=theta, rope_scaling=scaling,
+            labels=reward_labels(raw), pad=raw.get("pad_token_id"), raw=raw)
     each = width * 2 * (heads * config.head_size + config.hidden)
     need(config.layers * each + config.vocab_size * width < MOST_PARAMETERS,
          f"{path}: its sizes describe a network of more than {MOST_PARAMETERS:.0e} parameters")
     return config
+
+
+def reward_labels(raw):
+    """How many numbers a sequence classifier gives (a reward model one); None for a language model."""
+    if not str(raw.get("architectures")).endswith("ForSequenceClassification']"):
+        return None
+    return len(raw["id2label"]) if isinstance(raw.get("id2label"), dict) else 2  # transformers' default
 
 
 def rotary(raw, path):
@@ -265,7 +275,7 @@ def stored_parts(config: Config, name: str, rows: int, bare=False) -> tuple[list
     """
     *layer, module, kind = name.split(".")          # layers.3.qkv.weight: ["layers", "3"], "qkv", "weight"
     if module == "head":
-        return [("lm_head.weight", rows)], False
+        return [("score.weight" if config.labels else "lm_head.weight", rows)], False
     gpt2 = config.position == "learned"
     prefix = "" if bare else "transformer." if gpt2 else "model."
     if layer:
@@ -312,11 +322,10 @@ def find_tensors(directory: Path) -> dict[str, tuple[Path, tuple, str]]:
     return tensors
 
 
-def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tensor]:
-    """The state_dict of a checkpoint under our names, on the CPU, as `dtype` (None: as stored).
+def check_weights(directory, config: Config):
+    """Where a checkpoint keeps each of our parameters: (name -> stored_parts, find_tensors). Reads headers.
 
-    One tensor is read at a time, so the peak is one copy of the weights. Raises InputError for a damaged
-    file and for missing, surplus or misshapen tensors, by name.
+    Raises InputError for a damaged file and for missing, surplus or misshapen tensors, by name.
     """
     directory, shapes = Path(directory), parameter_shapes(config)
     tensors = find_tensors(directory)
@@ -334,7 +343,15 @@ def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tenso
             surplus.discard(part)
     need(not surplus,
          f"{directory}: tensors that config.json has no place for: {', '.join(sorted(surplus)[:3])}")
-    state = {}
+    return plan, tensors
+
+
+def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tensor]:
+    """The state_dict of a checkpoint under our names, on the CPU, as `dtype` (None: as stored).
+
+    One tensor is read at a time, so the peak is one copy of the weights. Errors: check_weights.
+    """
+    (plan, tensors), shapes, state = check_weights(directory, config), parameter_shapes(config), {}
     for name, (parts, transposed) in plan.items():
         state[name] = torch.empty(shapes[name], dtype=dtype or FLOATS[tensors[parts[0][0]][2]])
         for (part, _), rows in zip(parts, state[name].split([rows for _, rows in parts])):
@@ -604,20 +621,23 @@ class Tokenizer:
         """Ids of an answer as it follows prompt(...), with the end token."""
         return self.encode(text, start=False) + [self.end]
 
-    def prompt(self, messages) -> list[int]:
-        """Ids of a conversation up to where the assistant's answer begins.
+    def prompt(self, messages, answer=None) -> list[int]:
+        """Ids of a conversation up to where the assistant's answer begins; or, with an answer, all of it.
 
         messages: one user message, or a list of {"role": system, user or assistant, "content": text}.
         """
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        parts = []
-        for message in messages:
+        parts, spoken = [], [] if answer is None else [{"role": "assistant", "content": answer}]
+        for message in [*messages, *spoken]:
             role, content = message.get("role"), message.get("content")
             need(role in ("system", "user", "assistant") and isinstance(content, str),
                  f"a message needs a role (system, user, assistant) and a text, not {str(message)[:80]}")
             before, after = self.frame(role)
             parts += [*before, content.strip() if self.chat == "llama3" else content, *after]
-        parts += self.frame("assistant")[0]
+        if answer is None:
+            parts += self.frame("assistant")[0]
+        elif self.chat == "plain":
+            parts[-1] = self.end
         ids, text, start = [] if self.bos is None else [self.bos], "", True
         for part in [*parts, None]:                  # the text between two control tokens is encoded at once
             if isinstance(part, str):

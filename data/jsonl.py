@@ -6,7 +6,9 @@ answer.
 """
 
 import json
+import math
 from pathlib import Path
+from typing import NamedTuple
 
 from model import InputError
 
@@ -51,23 +53,42 @@ def read_prompts(path):
     return list(prompts.values())
 
 
+class Preference(NamedTuple):
+    where: str  # file and line, for messages
+    prompt: object
+    chosen: str
+    rejected: str
+    scores: tuple | None = None  # (score_chosen, score_rejected), which ODPO needs
+    steps: str | None = None  # Step-DPO: the correct steps that both answers go on from
+
+
 def read_preferences(path):
-    """A list of (where, prompt, chosen, rejected): TRL's rows, plain or conversational, with or without the
-    prompt repeated in the answers, and the DICE repository's {"prompt" or "instruction", "output": [chosen,
-    rejected]}."""
-    pairs = []
-    for where, row in read_rows(path):
-        prompt = prompt_of(row, where)
-        if "output" in row and "chosen" not in row:
-            if not (isinstance(row["output"], list) and len(row["output"]) == 2):
-                raise InputError(f'{where}: "output" must be a list of two, chosen and rejected')
-            chosen, rejected = row["output"]
-        elif "chosen" in row and "rejected" in row:
-            chosen, rejected = row["chosen"], row["rejected"]
-        else:
-            raise InputError(f'{where}: has no "chosen" and "rejected" (nor "output"), but {sorted(row)[:8]}')
-        pairs.append((where, prompt, answer_of(chosen, prompt, where), answer_of(rejected, prompt, where)))
-    return pairs
+    """A list of Preference: TRL's rows, plain or conversational, with or without the prompt repeated in the
+    answers, and the DICE repository's {"prompt" or "instruction", "output": [chosen, rejected]}. A row may
+    have "score_chosen" and "score_rejected", and "initial_reason_steps" as Step-DPO's rows do."""
+    return [preference(row, where) for where, row in read_rows(path)]
+
+
+def preference(row, where):
+    prompt = prompt_of(row, where)
+    if "output" in row and "chosen" not in row:
+        if not (isinstance(row["output"], list) and len(row["output"]) == 2):
+            raise InputError(f'{where}: "output" must be a list of two, chosen and rejected')
+        chosen, rejected = row["output"]
+    elif "chosen" in row and "rejected" in row:
+        chosen, rejected = row["chosen"], row["rejected"]
+    else:
+        raise InputError(f'{where}: has no "chosen" and "rejected" (nor "output"), but {sorted(row)[:8]}')
+    scores = tuple(row.get(key) for key in ("score_chosen", "score_rejected"))
+    if scores == (None, None):
+        scores = None
+    elif not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+        raise InputError(f'{where}: "score_chosen" and "score_rejected" must both be numbers, not {scores}')
+    chosen, rejected = (answer_of(answer, prompt, where) for answer in (chosen, rejected))
+    steps = row.get("initial_reason_steps")
+    if steps is not None and not (isinstance(steps, str) and chosen and rejected):
+        raise InputError(f'{where}: "initial_reason_steps" must be text, and the steps after it not empty')
+    return Preference(where, prompt, chosen, rejected, scores, steps)
 
 
 def prompt_of(row, where):

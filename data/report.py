@@ -24,15 +24,20 @@ def write(out):
     examples."""
     settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
     metrics = read_rows(out / "metrics.jsonl")
-    judged = (out / "evaluation" / "dpo.jsonl").exists()
+    judged = (out / "evaluation").exists()
     table = judged_table(out, metrics) if judged else training_table(metrics)
-    text = markdown(table) + (examples(out, table[-1]["stage"]) if judged else "")
-    shown = ("model", "seed", "rounds", "samples", "gamma", "alpha", "beta", "labeller")
+    text = markdown(table) + (examples(out, first_stages(out)[-1], table[-1]["stage"]) if judged else "")
+    shown = ("model", "seed", "rounds", "samples", "gamma", "alpha", "labeller", "loss", "beta")
     (out / "report.md").write_text(
         f"# DICE: {settings['model']}\n\n{', '.join(f'{key} {settings[key]}' for key in shown)}; "
         f"the other settings are in settings.json.\n\n{text}\n![curves](curves.png)\n", encoding="utf-8")
     curves(out, metrics, table)
     return text
+
+
+def first_stages(out):
+    """The judged stages before the first round; the last of them is what the rounds are measured against."""
+    return [stage for stage in ("sft", "dpo") if (out / "evaluation" / f"{stage}.jsonl").exists()]
 
 
 def judged_answers(out, stage):
@@ -44,12 +49,13 @@ def judged_answers(out, stage):
 
 
 def judged_table(out, metrics):
-    """The tiny world's table, a dict per stage. Win rates are against the DPO model, answer against
-    answer."""
-    base, _, base_chars = judged_answers(out, "dpo")
+    """The tiny world's table, a dict per stage. Win rates are against the model before the first round,
+    answer against answer."""
     rounds = {row["stage"]: row for row in metrics if "alpha" in row}
+    first = first_stages(out)
+    base, _, base_chars = judged_answers(out, first[-1])
     table = []
-    for stage in ["sft", "dpo", *rounds]:
+    for stage in [*first, *rounds]:
         about, (gold, reward, chars) = rounds.get(stage, {}), judged_answers(out, stage)
         win, controlled = tiny.win_rates(gold, base, chars, base_chars)
         table.append({"stage": stage, "win rate": win, "length-controlled": controlled, "gold": gold.mean(),
@@ -97,13 +103,13 @@ def markdown(table):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
-def examples(out, stage):
+def examples(out, base, stage):
     """Three held-out prompts with an answer before and after DICE."""
     text = ""
-    before, after = (read_rows(out / "evaluation" / f"{name}.jsonl") for name in ("dpo", stage))
+    before, after = (read_rows(out / "evaluation" / f"{name}.jsonl") for name in (base, stage))
     for old, new in list(zip(before, after))[:12:4]:  # a prompt has four answers
         text += f"\n**{old['prompt']}**\n"
-        for name, row in (("dpo", old), (stage, new)):
+        for name, row in ((base, old), (stage, new)):
             text += f"- {name}, gold {row['gold']:.2f}: {row['text']}\n"
     return text
 

@@ -140,16 +140,21 @@ def sft_examples(seed: int) -> list[dict]:
 
 
 def preferences(seed: int) -> list[dict]:
-    """PREFERENCES rows {"prompt", "chosen", "rejected"}: two different answers of the writer, ordered by the
-    annotator. Below 1024 rows no prompt occurs twice."""
+    """PREFERENCES rows {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}: two different
+    answers of the writer, scored and so ordered by the annotator. Below 1024 rows no prompt occurs twice."""
     prompts, rng, pairs = split(seed)[0], np.random.default_rng([seed, 2]), []
     for i in range(PREFERENCES):
         prompt = prompts[i % len(prompts)]
         a, b = write(prompt, rng), write(prompt, rng)
         while b == a:
             b = write(prompt, rng)
-        chosen, rejected = (a, b) if rng.random() < annotator(prompt, a, b) else (b, a)
-        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        # a wins if utility(a) - utility(b) + noise > 0, the noise logistic; each score bears half of it.
+        u = rng.random()
+        noise = np.log1p(-u) - np.log(u)
+        scores = utility(prompt, a) + noise / 2, utility(prompt, b) - noise / 2
+        (lost, rejected), (won, chosen) = sorted(zip(scores, (a, b)))
+        pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected,
+                      "score_chosen": float(won), "score_rejected": float(lost)})
     return pairs
 
 
@@ -206,10 +211,9 @@ def write(prompt, rng):
     return " ".join(sentences + [CLOSERS[i] for i in sorted(closers)])
 
 
-def annotator(prompt, a, b):
-    """Probability that the annotator prefers answer a to answer b; lengths in characters."""
-    logit = SHARPNESS * (judge(prompt, a) - judge(prompt, b)) + LENGTH_BIAS * (len(a) - len(b))
-    return 0.5 + 0.5 * np.tanh(logit / 2)  # the sigmoid, without overflow
+def utility(prompt, answer):
+    """What the annotator sees in an answer, but for the noise: P(a preferred to b) = sigmoid(difference)."""
+    return SHARPNESS * judge(prompt, answer) + LENGTH_BIAS * len(answer)
 
 
 # ---------------------------------------------------------------------------------------- evaluation

@@ -150,7 +150,8 @@ def our_training(args, config, sizes):
         for x, value in zip(samples, dice.score(net, samples, run.settings.score_tokens, "reference")):
             x.policy = value
         pairs = [dice.Pair(*both, "replayed") for both in zip(samples[::2], samples[1::2])]
-        dice.train_pairs(run, "dpo", net, pairs, lr=1e-7, steps=len(pairs))
+        dice.train(run, "dpo", net, dice.preference_losses, pairs, lr=1e-7, steps=len(pairs), epochs=1,
+                   batch=run.settings.batch)
         return training_result(config, rows, log[-1]["loss"])
     return work
 

@@ -345,23 +345,6 @@ def test_batches_hold_every_index_once_within_the_budget():
 
 # ------------------------------------------------------------------------------------- formulas
 
-PAIRS = torch.tensor(
-    [[-12.0, -15.5, -13.0, -14.0], [-30.25, -20.0, -28.0, -21.5], [-5.0, -9.0, -5.0, -9.0]],
-    dtype=torch.float64,
-)  # p_w, p_l, r_w, r_l
-
-
-def test_dpo_loss_on_the_worked_pairs():
-    p_w, p_l, r_w, r_l = PAIRS.T.clone().requires_grad_()
-    losses = dice.dpo_loss(p_w, p_l, r_w, r_l, 0.1)
-    expected = torch.tensor([0.5759394199, 0.8981232641, 0.6931471806], dtype=torch.float64)
-    torch.testing.assert_close(losses, expected, atol=1e-9, rtol=0)
-    for_chosen, for_rejected = torch.autograd.grad(losses.sum(), (p_w, p_l))
-    slope = torch.tensor([-0.0437823499, -0.0592666600, -0.05], dtype=torch.float64)
-    torch.testing.assert_close(for_chosen, slope, atol=1e-9, rtol=0)
-    torch.testing.assert_close(for_rejected, -slope, atol=1e-9, rtol=0)
-
-
 LENGTHS = np.array([[100, 400, 250, 50], [300, 120, 80, 500], [60, 90, 700, 200]], dtype=float)
 REWARDS = np.array([[1.0, 6.0, 3.5, 0.2], [4.0, 2.5, 1.0, 8.0], [0.5, 1.2, 9.0, 3.0]])
 VALID = np.ones((3, 4), dtype=bool)
@@ -526,11 +509,17 @@ def random_pairs(net, count, seed=0):
     return pairs
 
 
+def train_dpo(run, net, pairs, lr, steps):
+    s = run.settings
+    losses = dice.preference_losses
+    dice.train(run, "dpo", net, losses, pairs, lr=lr, steps=steps, epochs=s.epochs, batch=s.batch)
+
+
 def test_micro_batches_change_nothing_and_dpo_learns_the_pairs():
     weights = []
     for train_tokens in (10**6, 100, 1):
         net, run = network(LLAMA), Bench(batch=6, epochs=3, train_tokens=train_tokens)
-        dice.train_pairs(run, "dpo", net, random_pairs(net, 20), lr=1e-3, steps=9)
+        train_dpo(run, net, random_pairs(net, 20), lr=1e-3, steps=9)
         weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
         assert run.rows[0]["loss"] == pytest.approx(
             math.log(2), abs=1e-5
@@ -546,7 +535,7 @@ def test_the_logged_step_is_the_mean_over_its_pairs():
     pairs = random_pairs(net, 7)
     for p in pairs:
         p.chosen.policy -= 3  # as if the policy had moved by 3 nats since
-    dice.train_pairs(run, "dpo", net, pairs, lr=1e-3, steps=1)
+    train_dpo(run, net, pairs, lr=1e-3, steps=1)
     row = run.rows[0]
     assert row["margin"] == pytest.approx(0.3, abs=1e-4) and row["accuracy"] == 1
     assert row["loss"] == pytest.approx(math.log(1 + math.exp(-0.3)), abs=1e-4)
@@ -557,7 +546,7 @@ def test_the_logged_step_is_the_mean_over_its_pairs():
 def test_warm_up_is_linear_then_constant():
     net, run = network(LLAMA), Bench(batch=2, epochs=10)
     run.settings.warmup = 4
-    dice.train_pairs(run, "dpo", net, random_pairs(net, 2), lr=1e-3, steps=7)
+    train_dpo(run, net, random_pairs(net, 2), lr=1e-3, steps=7)
     assert [row["lr"] for row in run.rows] == pytest.approx(
         [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3, 1e-3]
     )
@@ -570,7 +559,7 @@ def test_a_non_finite_loss_stops_before_the_step():
     before = [p.detach().clone() for p in net.parameters()]
     with pytest.raises(InputError, match="dpo, step .*loss nan"):
         run.settings.batch = 8
-        dice.train_pairs(run, "dpo", net, pairs, lr=1e-3, steps=2)
+        train_dpo(run, net, pairs, lr=1e-3, steps=2)
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
 
 

@@ -161,12 +161,24 @@ def differences(rows):
     return np.array(gold), np.array([len(r["chosen"]) - len(r["rejected"]) for r in rows])
 
 
-def test_annotator_probability_by_hand():
-    """Gold 1 against -1, 24 against 56 characters: the logit is SHARPNESS * 2 - LENGTH_BIAS * 32."""
+def test_annotator_utility_by_hand():
+    """Gold 1 and 24 characters, gold -1 and 56 characters."""
     a, b = "The bat lives in a cave.", "The bat lives in a pond. Have fun. Good luck. Take care."
-    logit = tiny.SHARPNESS * 2 - tiny.LENGTH_BIAS * 32
-    assert tiny.annotator(ONE, a, b) == pytest.approx(1 / (1 + math.exp(-logit)), rel=1e-12)
-    assert tiny.annotator(ONE, a, b) + tiny.annotator(ONE, b, a) == pytest.approx(1)
+    assert tiny.utility(ONE, a) == pytest.approx(tiny.SHARPNESS + 24 * tiny.LENGTH_BIAS)
+    assert tiny.utility(ONE, b) == pytest.approx(-tiny.SHARPNESS + 56 * tiny.LENGTH_BIAS)
+
+
+def test_annotator_scores_are_utilities_with_logistic_noise():
+    rows = tiny.preferences(0)
+    gap = np.array([r["score_chosen"] - r["score_rejected"] for r in rows])
+    clean = [tiny.utility(r["prompt"], r["chosen"]) - tiny.utility(r["prompt"], r["rejected"]) for r in rows]
+    # Whoever was chosen, chosen - rejected is |utility difference + noise|: the sign of the noise is unknown,
+    # and a coin makes it a draw from the symmetrical distribution again.
+    coin = np.random.default_rng(0).choice([-1, 1], len(rows))
+    noise = np.sort(coin * (gap - clean))
+    rank = (np.arange(len(noise)) + 0.5) / len(noise)
+    assert (gap > 0).all()
+    assert np.abs(1 / (1 + np.exp(-noise)) - rank).max() < 2 / len(noise) ** 0.5  # Kolmogorov-Smirnov, p < 1e-3
 
 
 def test_annotator_as_set_agrees_with_gold_and_likes_length_as_the_comment_says(monkeypatch):
