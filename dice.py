@@ -30,6 +30,7 @@ import hashlib
 import inspect
 import json
 import math
+import shutil
 import sys
 import tempfile
 import time
@@ -42,12 +43,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as models
-from data import jsonl, report, tiny
+from data import jsonl, report, runs, tiny
+from data.runs import Budget, RunDirectory, out_of_memory, safe_point, say, write_rows
 from model import InputError
 
 # ----------------------------------------------------------------------------------------------------------
@@ -107,6 +110,8 @@ class Settings:
     epochs: int = knob(1, "passes over a stage's pairs, at most", 1)
     clip: float = knob(1.0, "largest gradient norm", TINIEST)
     max_tokens: int = knob(4096, "longest prompt and answer of an offline pair; longer pairs are not used", 1)
+    held_out: int = knob(256, "offline pairs, the last ones and at most an eighth, that are not trained on: "
+                              "does the reward still agree with them?", 0)
     # the stages before the first round
     sft_steps: int = knob(0, "steps of supervised fine-tuning on the chosen answers first; 0: none", 0)
     sft_lr: float = knob(2e-5, "its peak learning rate, cosine to zero", TINIEST)
@@ -118,10 +123,11 @@ class Settings:
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
     dtype: str = knob("auto", "of the arithmetic (weights in training are float32); auto: bfloat16 on cuda",
                       choices=("auto", "float32", "bfloat16"))
-    rows: int = knob(256, "sequences in flight while sampling; lower it when out of memory there", 1)
-    chunk: int = knob(64, "prompts that are sampled as one unit of work", 1)
+    rows: int = knob(256, "sequences in flight while sampling", 1)
+    chunk: int = knob(64, "prompts that are one unit of work: what an interruption loses, at most", 1)
     score_tokens: int = knob(4096, "padded tokens in one forward pass of scoring", 1)
-    train_tokens: int = knob(2048, "padded tokens in one training pass; lower it when out of memory there", 1)
+    train_tokens: int = knob(2048, "padded tokens in one training pass", 1)
+    save_steps: int = knob(100, "training steps from one checkpoint of the training to the next", 1)
 
     def settle(self):
         """Decide what is "auto" about the machine. InputError if a value is not among its choices, not in its
@@ -186,12 +192,15 @@ def parse_settings(argv=None):
         options = f"{', '.join(f.metadata['choices'])}; " if f.metadata["choices"] else ""
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
                             help=f"{f.metadata['help']} ({options}{default})")
+    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, measure "
+                        "the machine, print the plan with sizes and times; write nothing")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    dry_run = given.pop("dry_run")
     model, loss = given.get("model", Settings.model), given.get("loss", Settings.loss)
     settings = Settings(**{**models.SETTINGS.get(model, {}), **LOSS_SETTINGS.get(loss, {}), **given})
     settings.out = settings.out or f"out/{Path(model).name}"
     settings.settle()
-    return settings
+    return settings, dry_run
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -640,15 +649,26 @@ def batches(sizes, tokens):
 
 
 @torch.no_grad()
-def score(model, samples, tokens, what):
-    """Sequence log-probs of any number of samples, as floats. tokens: padded tokens in one forward pass."""
-    result = [0.0] * len(samples)
-    with tqdm(total=len(samples), desc=what, unit="answer", leave=False) as bar:
-        for group in batches([x.padded for x in samples], tokens):
-            logprobs = sequence_logprobs(model, *prompts_and_answers([samples[i] for i in group]))
-            for i, value in zip(group, logprobs.tolist()):
-                result[i] = value
-            bar.update(len(group))
+def score(model, samples, budget, update=lambda count: None):
+    """Sequence log-probs of any number of samples, as floats. update: is told how many more are done."""
+    result, sizes = [0.0] * len(samples), [x.padded for x in samples]
+    todo = deque(batches(sizes, budget.tokens))
+    while todo:
+        safe_point()
+        group, logprobs = todo.popleft(), None
+        try:
+            logprobs = sequence_logprobs(model, *prompts_and_answers([samples[i] for i in group])).tolist()
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        if logprobs is None:  # only here, outside the except, has the failed pass let go of its memory
+            budget.shrink([samples[i] for i in group])
+            left = [i for g in (group, *todo) for i in g]
+            todo = deque([left[j] for j in g] for g in batches([sizes[i] for i in left], budget.tokens))
+            continue
+        for i, logprob in zip(group, logprobs):
+            result[i] = logprob
+        update(len(group))
     return result
 
 
@@ -916,27 +936,60 @@ def preference_losses(model, pairs, settings, reference=None):
     return losses, stats
 
 
-def training_order(items, epochs, rng, keep):
-    """Indices of items, shuffled anew in every epoch, of those that keep(epoch, indices) still wants."""
-    kept = list(range(len(items)))
+def training_order(items, epochs, rng, keep, history):
+    """Indices of items, shuffled anew in every epoch, of those that keep(epoch, indices) still wants. What was
+    kept goes into history, from which an interrupted training goes on."""
     for epoch in range(epochs):
-        kept = keep(epoch, kept) if keep else kept
+        if keep and epoch == len(history):
+            history.append(keep(epoch, history[-1] if history else list(range(len(items)))))
+        kept = history[epoch] if keep else range(len(items))
         yield from (kept[i] for i in rng.permutation(len(kept)))
+
+
+def mean_gradient(model, losses_of, items, settings, budget):
+    """Gradient of the mean loss of some items, and the means of what is to be logged.
+
+    Items go through the model in micro-batches of similar size, over which gradients add up: the split
+    changes the memory needed and nothing else.
+    """
+    while True:
+        totals = Counter()
+        for group in batches([x.padded for x in items], budget.tokens):
+            group = [items[i] for i in group]
+            try:
+                with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
+                    losses, stats = losses_of(model, group, settings)
+                (losses.sum() / len(items)).backward()
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                break
+            sums = torch.stack([values.detach().double().sum() for values in stats.values()]).tolist()
+            totals.update(dict(zip(stats, sums)))
+        else:
+            return {name: total / len(items) for name, total in totals.items()}
+        budget.shrink(group)
+        model.zero_grad(set_to_none=True)
 
 
 def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, decay=False, keep=None):
     """AdamW on losses_of(model, some items, settings), items being Samples or Pairs.
 
-    A step's items are split into micro-batches of similar size, over which gradients add up: the split
-    changes the memory needed and nothing else. InputError before the step that a non-finite loss or
-    gradient would spoil.
+    Goes on from the stage's last checkpoint, if there is one. InputError before the step that a non-finite
+    loss or gradient would spoil.
     """
-    s, device = run.settings, model.device.type
-    order = training_order(items, epochs, np.random.default_rng([s.seed, *stage.encode()]), keep)
-    steps = min(steps, math.ceil(epochs * len(items) / batch))
+    s, history = run.settings, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    for step in tqdm(range(steps), desc=stage, unit="step"):
-        chosen = list(islice(order, batch))
+    first = run.resume_training(stage, model, optimizer, history)
+    order = training_order(items, epochs, np.random.default_rng([s.seed, *stage.encode()]), keep, history)
+    for _ in islice(order, first * batch):  # what is behind us already
+        pass
+    steps = min(steps, math.ceil(epochs * len(items) / batch))
+    for step in tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps):
+        if step > first and (runs.STOP or step % s.save_steps == 0):
+            run.save_training(stage, model, optimizer, step, history)
+        safe_point()
+        chosen = [items[i] for i in islice(order, batch)]
         if not chosen:  # the filter has left nothing more to train on
             break
         started = time.perf_counter()
@@ -944,22 +997,17 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
         if decay:
             rate *= (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = rate
-        totals = Counter()
-        for group in batches([items[i].padded for i in chosen], s.train_tokens):
-            with torch.autocast(device, torch.bfloat16, enabled=s.dtype == "bfloat16"):
-                losses, stats = losses_of(model, [items[chosen[i]] for i in group], s)
-            (losses.sum() / len(chosen)).backward()
-            sums = torch.stack([values.detach().double().sum() for values in stats.values()]).tolist()
-            totals.update(dict(zip(stats, sums)))
-        row = {name: total / len(chosen) for name, total in totals.items()}  # of all micro-batches
+        row = mean_gradient(model, losses_of, chosen, s, run.train_budget)
         row["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), s.clip))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-            raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm "
-                             f"{row['grad_norm']}; the step was not taken. Try a lower learning rate")
+            optimizer.zero_grad(set_to_none=True)
+            run.save_training(stage, model, optimizer, step, history)
+            raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
+                             f"the step was not taken, and the model before it is kept. {run.save_culprits(stage, model, chosen)}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        speed = sum(len(items[i]) for i in chosen) / (time.perf_counter() - started)
-        run.log({"stage": stage, "step": step + 1, **row, "lr": rate, "tokens_per_second": round(speed)})
+        run.log({"stage": stage, "step": step + 1, **row, "lr": rate})
+        run.log_speed(stage, time.perf_counter() - started, tokens=sum(map(len, chosen)))
 
 
 def train_pairs(run, stage, pairs, policy, *, lr, steps, keep=None):
@@ -972,17 +1020,16 @@ def train_pairs(run, stage, pairs, policy, *, lr, steps, keep=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The run: its data, its directory, and what it writes there
+# The run: its data, and what it keeps in its directory (see data/runs.py)
 
 
-class Run:
-    """Settings, tokenizer, data and directory of a run. All input is read before anything is written."""
+class Run(RunDirectory):
+    """Settings, tokenizer, data and directory of a run. All input is read before open() writes anything."""
 
     def __init__(self, settings):
-        self.settings, self.out = settings, Path(settings.out)
+        super().__init__(settings.out)
+        self.settings = settings
         self.is_tiny = settings.model == "tiny"
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise InputError(f"{self.out}: holds files already; choose another --out, or delete it")
         if self.is_tiny:
             self.base = self.out / "base"
             self.config, self.tokenizer = tiny_model()
@@ -995,17 +1042,26 @@ class Run:
             config = models.read_config(directory)
             if config.labels:
                 raise InputError(f"{directory}: is a reward model, which cannot speak; give it to --labeller")
-            if config.vocab_size < self.tokenizer.vocab_size:
-                raise InputError(f"{directory}: has fewer embeddings than the tokenizer has ids; policy, "
-                                 "reference and tokenizer must belong together")
+            if config.vocab_size < self.tokenizer.vocab_size or config.context < self.config.context:
+                raise InputError(f"{directory}: has fewer embeddings than the tokenizer has ids, or a shorter "
+                                 "context than the policy; policy, reference and tokenizer must belong together")
+            models.check_weights(directory, config)
         self.labeller = None
         if settings.labeller not in ("implicit", "gold"):
             self.labeller = RewardModel(models.resolve(settings.labeller), settings)
+        self.score_budget = Budget(settings.score_tokens, "scoring")
+        self.train_budget = Budget(settings.train_tokens, "training")
+        self.rows = settings.rows
         self.read_data()
-        self.out.mkdir(parents=True, exist_ok=True)
-        write(self.out / "settings.json", json.dumps(asdict(settings), indent=1) + "\n")
-        if self.is_tiny:  # its road begins with a checkpoint like any other, of random weights
-            self.save(new_model(self.config, settings.seed), "base")
+
+    def open(self):
+        """Begin the run in its directory, or go on with it."""
+        s = self.settings
+        contents = {f"contents of {key}": hashlib.sha256(Path(name).read_bytes()).hexdigest()
+                    for key, name in (("prompts", s.prompts), ("preferences", s.preferences)) if name}
+        self.begin(asdict(s) | contents)
+        if self.is_tiny and not self.base.exists():  # its road begins with a checkpoint like any other
+            self.save(new_model(self.config, s.seed), "base")
 
     def read_data(self):
         """The offline pairs, and the prompts to sample for."""
@@ -1032,6 +1088,8 @@ class Run:
             raise InputError(f"--gamma {s.gamma}: there are no offline pairs to replay; give --preferences "
                              "FILE, or --gamma 0 to do without")
         self.offline = self.fitting(offline)
+        count = min(s.held_out, len(self.offline) // 8)
+        self.offline, self.held_out = self.offline[:len(self.offline) - count], self.offline[len(self.offline) - count:]
         prompts = prompts or {p.prompt.key: ("", p.prompt.content) for p in self.offline}.values()
         self.prompts = [self.prompt(content, where) for where, content in prompts]
 
@@ -1067,10 +1125,6 @@ class Run:
                              "--max-tokens, or take a model with a longer context")
         return pairs
 
-    def log(self, row):
-        with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
     def load(self, directory, training=False):
         """A model to sample from and score with, in the run's dtype; or to train, in float32 whatever the
         dtype: steps of 5e-7 are lost in the rounding of bfloat16 weights."""
@@ -1078,35 +1132,92 @@ class Run:
         return load_model(directory, self.settings.device, torch.bfloat16 if low else torch.float32)
 
     def save(self, model, name):
+        """The checkpoint of a stage, which ends it."""
         dtype = torch.bfloat16 if self.settings.dtype == "bfloat16" else torch.float32
         models.write_checkpoint(self.out / name, self.config, model.state_dict(), self.tokenizer, dtype)
+        self.end_stage()
         return self.out / name
 
-    def sample(self, model, prompts, count, round, what):
-        """`count` samples of each prompt, in order. The prompts are worked through in fixed chunks, each for
-        itself, so that a chunk done again gives the same bytes."""
-        s, samples = self.settings, []
-        with tqdm(total=len(prompts) * count, desc=what, unit="answer") as bar:
-            for start in range(0, len(prompts), s.chunk):
-                chunk, answers = prompts[start:start + s.chunk], {}
-                for index, number, ids, finish in generate(
-                        model, [p.ids for p in chunk], count, stop_ids=self.tokenizer.stop_ids, seed=s.seed,
-                        round=round, temperature=s.temperature, top_p=s.top_p, rows=s.rows,
-                        max_new_tokens=s.max_new_tokens):
-                    text = self.tokenizer.decode(ids)
-                    answers[index, number] = Sample(chunk[index], ids, text, number, finish)
-                    bar.update()
-                samples += [answers[key] for key in sorted(answers)]
-        return samples
+    def sample(self, what, load, prompts, count, round):
+        """`count` samples of each prompt, in order, from the model that load() gives. The prompts are worked
+        through in fixed chunks, each for itself, so that a chunk done again gives the same bytes."""
+        s, load = self.settings, cache(load)
 
-    def score(self, model, samples, what):
-        return score(model, samples, self.settings.score_tokens, what)
+        def work(chunk, update):
+            answers = {}
+            for index, number, ids, finish in generate(
+                    load(), [p.ids for p in chunk], count, stop_ids=self.tokenizer.stop_ids, seed=s.seed,
+                    round=round, temperature=s.temperature, top_p=s.top_p, rows=self.rows,
+                    max_new_tokens=s.max_new_tokens):
+                answers[index, number] = ids, finish
+                update(1)
+                safe_point()
+            return [answers[key] for key in sorted(answers)]
 
-    def score_pairs(self, model, pairs):
+        def work_within_memory(chunk, update):
+            while True:
+                try:
+                    return work(chunk, update)
+                except RuntimeError as error:
+                    if not out_of_memory(error):
+                        raise
+                if self.rows <= count:
+                    raise InputError(f"out of memory with the {count} samples of one prompt; lower --samples or "
+                                     "--max-new-tokens")
+                self.rows = max(count, self.rows // 2)
+                say(f"out of memory in sampling: from here on with {self.rows} sequences in flight")
+
+        drawn = self.in_chunks(what, prompts, s.chunk, work_within_memory, count)
+        owners = ((prompt, number) for prompt in prompts for number in range(count))
+        return [Sample(prompt, ids, self.tokenizer.decode(ids), number, finish)
+                for (prompt, number), (ids, finish) in zip(owners, drawn)]
+
+    def score(self, what, directory, samples):
+        """Log-probs of samples under the model in a directory."""
+        load, size = cache(partial(self.load, directory)), self.settings.chunk * self.settings.samples
+        return self.in_chunks(what, samples, size,
+                              lambda chunk, update: score(load(), chunk, self.score_budget, update))
+
+    def score_pairs(self, what, directory, pairs):
         """Give offline pairs their log-probs under the model that training starts from, its reference."""
         samples = [x for p in pairs for x in (p.chosen, p.rejected)]
-        for x, logprob in zip(samples, self.score(model, samples, "log-probs of offline pairs")):
+        for x, logprob in zip(samples, self.score(what, directory, samples)):
             x.policy = logprob
+
+    def save_training(self, stage, model, optimizer, step, history):
+        """partial/STAGE.safetensors: weights, AdamW's moments, the number of steps taken, fDPO's choices."""
+        self.sync()  # no row of metrics may be lost where what comes after it is kept
+        tensors = {f"weight {name}": p.detach() for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            tensors |= {f"{key} {name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+        models.write_tensors(self.partial(stage, "safetensors"), tensors, {"step": step, "history": history})
+
+    def resume_training(self, stage, model, optimizer, history):
+        """Put the last checkpoint of a training back, if there is one; returns the steps it has taken."""
+        path = self.partial(stage, "safetensors")
+        if not path.exists():
+            return 0
+        tensors, about = models.read_tensors(path)
+        history += about["history"]
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(tensors[f"weight {name}"])
+        moments = [{"step": torch.tensor(float(about["step"])),
+                    **{key: tensors[f"{key} {name}"] for key in ("exp_avg", "exp_avg_sq")}}
+                   for name, _ in model.named_parameters()]
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": dict(enumerate(moments)), "param_groups": groups})
+        say(f"{stage}: goes on after step {about['step']}")
+        return about["step"]
+
+    def save_culprits(self, stage, model, items):
+        """What a step went wrong on, for inspection; returns a sentence that says where."""
+        path = self.out / f"{stage}-not-finite.jsonl"
+        samples = [x for item in items for x in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))]
+        now = score(model, samples, self.score_budget)
+        write_rows(path, ({"prompt": x.prompt.content, "text": x.text, "tokens": x.tokens,
+                           "reference_logprob": x.policy, "logprob": logprob} for x, logprob in zip(samples, now)))
+        return f"Its prompts, answers and log-probs are in {path}; look there, or begin anew with a lower --lr"
 
 
 def tiny_model():
@@ -1119,19 +1230,6 @@ def tiny_model():
     return config, tokenizer
 
 
-def say(text):
-    tqdm.write(text, file=sys.stderr)
-
-
-def write(path, text):
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-
-
-def write_rows(path, rows):
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
 # ----------------------------------------------------------------------------------------------------------
 # The stages before the first round
 
@@ -1142,28 +1240,31 @@ def first_models(run):
     if run.reference:
         return policy, run.reference
     if s.sft_steps:
-        policy = supervised(run, policy)
+        policy = run.out / "sft"
+        if not policy.exists():
+            run.save(supervised(run), "sft")
     if not s.dpo_steps:
         return policy, None
-    run.score_pairs(run.load(policy), run.offline)
-    keep = None
-    if s.filter == "fdpo" and s.labeller != "implicit":  # there is no implicit reward before there is DPO
-        keep = partial(fdpo, run, 0, policy, None, run.offline)
-    model = train_pairs(run, "dpo", run.offline, policy, lr=s.dpo_lr, steps=s.dpo_steps, keep=keep)
-    return run.save(model, "dpo"), policy
+    if not (run.out / "dpo").exists():
+        run.score_pairs("dpo log-probs of the pairs", policy, run.offline)
+        keep = None
+        if s.filter == "fdpo" and s.labeller != "implicit":  # there is no implicit reward before there is DPO
+            keep = partial(fdpo, run, 0, policy, None, run.offline)
+        run.save(train_pairs(run, "dpo", run.offline, policy, lr=s.dpo_lr, steps=s.dpo_steps, keep=keep), "dpo")
+    return run.out / "dpo", policy
 
 
-def supervised(run, base):
+def supervised(run):
     """Supervised fine-tuning on the answers of the tiny world's writer, or the chosen ones of the pairs."""
     s, samples = run.settings, [pair.chosen for pair in run.offline]
     if run.is_tiny and not s.preferences:
         rows = tiny.sft_examples(s.seed)
         prompts = {text: run.prompt(text) for text in {row["prompt"] for row in rows}}
         samples = [Sample(prompts[r["prompt"]], run.tokenizer.answer(r["chosen"]), r["chosen"]) for r in rows]
-    model = run.load(base, training=True)
+    model = run.load(run.base, training=True)
     train(run, "sft", model, sft_losses, samples, lr=s.sft_lr, steps=s.sft_steps, batch=s.sft_batch,
           epochs=math.ceil(s.sft_steps * s.sft_batch / len(samples)), decay=True)
-    return run.save(model, "sft")
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1174,25 +1275,37 @@ def dice_round(run, number, policy, reference):
     """One round: from the directories of pi_t and pi_{t-1} to the directory of pi_{t+1}. One model is in
     memory at a time. Without a reference, the samples' rewards must come from another labeller."""
     s, stage = run.settings, f"round-{number}"
-    samples = run.sample(run.load(policy), run.prompts, s.samples, number, f"{stage} samples")
-    score_answers(run, samples, policy, reference)
+    if (run.out / stage / "policy").exists():
+        return run.out / stage / "policy"
+    samples = run.sample(f"{stage} samples", partial(run.load, policy), run.prompts, s.samples, number)
+    score_answers(run, f"{stage} samples", samples, policy, reference)
     reward_answers(run, samples)
     alpha, pairs = shape_and_pair(samples, s, np.random.default_rng([s.seed, number, 1]))
     mixture = ReplayBuffer(run.offline).mix(pairs, s.gamma, np.random.default_rng([s.seed, number]))
-    run.score_pairs(run.load(policy), [p for p in mixture if p.source == "replayed"])
-    record_round(run, stage, alpha, samples, mixture)
+    run.score_pairs(f"{stage} replayed", policy, [p for p in mixture if p.source == "replayed"])
+    record_round(run, stage, alpha, samples, mixture, agreement(run, stage, policy, reference))
     keep = partial(fdpo, run, number, policy, reference, mixture) if s.filter == "fdpo" else None
     model = train_pairs(run, stage, mixture, policy, lr=s.lr, steps=s.steps, keep=keep)
     return run.save(model, f"{stage}/policy")
 
 
-def score_answers(run, samples, policy, reference):
+def score_answers(run, what, samples, policy, reference):
     """Give samples their log-probs under the models in two directories."""
-    for x, logprob in zip(samples, run.score(run.load(policy), samples, "policy log-probs")):
+    for x, logprob in zip(samples, run.score(f"{what} policy log-probs", policy, samples)):
         x.policy = logprob
     if reference:
-        for x, logprob in zip(samples, run.score(run.load(reference), samples, "reference log-probs")):
+        for x, logprob in zip(samples, run.score(f"{what} reference log-probs", reference, samples)):
             x.reference = logprob
+
+
+def agreement(run, stage, policy, reference):
+    """Share of the held-out offline pairs that the labeller orders as their data does; None without any."""
+    samples = [x for p in run.held_out for x in (p.chosen, p.rejected)]
+    if run.settings.labeller == "implicit":
+        score_answers(run, f"{stage} held-out pairs", samples, policy, reference)
+    reward_answers(run, samples)
+    right = [p.chosen.reward > p.rejected.reward for p in run.held_out]
+    return sum(right) / len(right) if right else None
 
 
 def reward_answers(run, samples):
@@ -1236,6 +1349,7 @@ class RewardModel:
             say(f"{len(texts) - len(fits)} of {len(texts)} answers are longer than the labeller's context of "
                 f"{self.config.context} tokens and are not used")
         for group in batches([len(texts[i]) for i in fits], self.settings.score_tokens):
+            safe_point()
             rows = [texts[fits[i]] for i in group]
             # As transformers: the last token unlike the padding. An end token that serves as such is not read.
             last = [max((t for t, token in enumerate(ids) if token != self.config.pad), default=0)
@@ -1253,10 +1367,11 @@ def fdpo(run, number, policy, reference, pairs, model, epoch, kept):
     """
     prompts = {pairs[i].prompt.key: pairs[i].prompt for i in kept}
     draw = FILTER + number * 2**16 + epoch
-    own = run.sample(model, list(prompts.values()), 1, draw, f"fDPO, epoch {epoch + 1}")
+    what = f"round-{number} fDPO epoch {epoch + 1}"
+    own = run.sample(what, lambda: model, list(prompts.values()), 1, draw)
     new = own + [pairs[i].chosen for i in kept if math.isnan(pairs[i].chosen.reward)]
     if run.settings.labeller == "implicit":
-        score_answers(run, new, policy, reference)
+        score_answers(run, what, new, policy, reference)
     reward_answers(run, new)
     said = {x.prompt.key: x.reward for x in own}
     left = [i for i in kept if fdpo_keeps(said[pairs[i].prompt.key], pairs[i].chosen.reward)]
@@ -1308,8 +1423,9 @@ def answer_length(x, settings):
     return len(x.text) if settings.length == "chars" else len(x.tokens)
 
 
-def record_round(run, stage, alpha, samples, pairs):
-    """samples.jsonl, pairs.jsonl (TRL's form of a preference set) and the round's line of metrics.jsonl."""
+def record_round(run, stage, alpha, samples, pairs, agrees):
+    """samples.jsonl, pairs.jsonl (TRL's form of a preference set) and the round's line of metrics.jsonl.
+    agrees: agreement(...), or None."""
     write_rows(run.out / stage / "samples.jsonl", (
         {"prompt": x.prompt.content, "sample": x.number, "tokens": x.tokens, "text": x.text,
          "finish": x.finish, "policy_logprob": x.policy, "reference_logprob": x.reference,
@@ -1323,14 +1439,72 @@ def record_round(run, stage, alpha, samples, pairs):
            "generated_pairs": len(new), "replayed_pairs": len(pairs) - len(new),
            "answer_chars": sum(len(x.text) for x in samples) / len(samples),
            "truncated": sum(x.finish == "length" for x in samples) / len(samples),
+           "identical": 1 - len({(x.prompt.key, x.text) for x in samples}) / len(samples),
+           "kl": sum(x.policy - x.reference for x in samples) / len(samples),  # its estimate from the samples
+           "offline_agreement": agrees,
            "pair_length_gap": sum(gaps) / max(1, len(gaps))}
     if run.is_tiny and not run.settings.prompts:  # for the report alone: how many pairs are right
         gold = [[tiny.judge(p.prompt.content, x.text) for x in (p.chosen, p.rejected)] for p in new]
         row["pairs_right"] = sum(chosen > rejected for chosen, rejected in gold) / max(1, len(new))
+    row = {key: None if value != value else value for key, value in row.items()}  # NaN is not JSON
     run.log(row)
     unit = {"chars": "character", "tokens": "token"}[run.settings.length]
     say(f"{stage}: alpha {alpha:.4g} nats per {unit}; {len(new)} generated pairs, chosen "
         f"{row['pair_length_gap']:+.1f} characters longer; {len(pairs) - len(new)} replayed pairs")
+    kl, agreed = ("not known" if value is None else text.format(value) for value, text in (
+        (row["kl"], "{:.2f} nats"), (agrees, "{:.0%}")))
+    say(f"{stage}: KL to the reference {kl}; answers of {row['answer_chars']:.0f} characters, "
+        f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; reward agrees with {agreed} of "
+        "the held-out offline pairs")
+    for warning in report.warnings(row, next(old for old in run.metrics if "alpha" in old)):
+        say(f"{stage}: WARNING: {warning}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The dry run
+
+
+def plan(run):
+    """What the run will do, need and take, from its data and a short measurement with its own model."""
+    s, config, on_cuda = run.settings, run.config, run.settings.device.startswith("cuda")
+    model = new_model(config, s.seed) if run.is_tiny else run.load(run.base)
+    prompts = run.prompts[:max(1, s.rows // s.samples)]
+    short, started = min(32, s.max_new_tokens), time.perf_counter()
+    drawn = list(generate(model, [p.ids for p in prompts], s.samples, stop_ids=[], seed=s.seed, rows=s.rows,
+                          max_new_tokens=short))
+    sampling = (time.perf_counter() - started) / sum(len(ids) for _, _, ids, _ in drawn)  # seconds a token
+    samples = [Sample(prompts[i], ids, "") for i, _, ids, _ in drawn[:64]]
+    started = time.perf_counter()
+    score(model, samples, run.score_budget)
+    scoring = (time.perf_counter() - started) / sum(map(len, samples))
+
+    answers = [len(x.tokens) for p in run.offline for x in (p.chosen, p.rejected)] or [s.max_new_tokens / 2]
+    answer, prompt = float(np.mean(answers)), float(np.mean([len(p.ids) for p in run.prompts]))
+    drawn = s.rounds * len(run.prompts) * s.samples
+    steps = {"sft": s.sft_steps * s.sft_batch / 2, "dpo": 0 if run.reference else s.dpo_steps * s.batch,
+             "rounds": s.rounds * s.steps * s.batch}  # in pairs
+    hours = np.array([drawn * answer * sampling, 2 * drawn * (prompt + answer) * scoring,
+                      3 * sum(steps.values()) * 2 * (prompt + answer) * scoring]) / 3600
+
+    count = sum(p.numel() for p in model.parameters())
+    size = 2 if s.dtype == "bfloat16" else 4
+    stages = s.rounds + run.is_tiny + (s.sft_steps > 0) + (s.dpo_steps > 0 and not run.reference)
+    disk = stages * count * size + 2 * 12 * count + drawn * 12 * answer  # two states of the training at most
+    cache = s.rows * min(config.context, prompt + s.max_new_tokens) * config.layers * config.kv_heads * config.head_size
+    need = {"sampling": count * size + 2 * size * cache, "scoring": count * size, "training": 16 * count}
+    have = torch.cuda.mem_get_info(s.device)[0] if on_cuda else runs.free_memory()
+    free = shutil.disk_usage(next(p for p in (run.out, *run.out.absolute().parents) if p.exists())).free
+    if disk > free:
+        raise InputError(f"{run.out}: the run needs about {disk / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free")
+    memory = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in need.items())
+    lack = "" if max(need.values()) < have else "\n            WARNING: that is more than there is"
+    return f"""plan for {run.out}; nothing was written
+data        {len(run.prompts)} prompts of {prompt:.0f} tokens, {len(run.offline)} offline pairs and {len(run.held_out)} held out
+policy      {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}
+stages      sft {s.sft_steps} steps; dpo {0 if run.reference else s.dpo_steps}; {s.rounds} rounds of {drawn // max(1, s.rounds)} samples and {s.steps} steps of {s.batch} pairs
+time        about {hours.sum():.2g} hours: sampling {hours[0]:.2g}, scoring {hours[1]:.2g}, training {hours[2]:.2g}, if answers have {answer:.0f} tokens
+disk        {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free: {stages} checkpoints, the state of the training, the samples
+memory      {memory}, and what passes through; {have / 1e9:.1f} GB are free{lack}"""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1340,15 +1514,19 @@ def record_round(run, stage, alpha, samples, pairs):
 
 def evaluate(run, stage, policy, reference=None):
     """evaluation/STAGE.jsonl: four answers to each held-out prompt, with gold score and implicit reward."""
-    model, prompts = run.load(policy), [run.prompt(text) for text in tiny.held_out_prompts(run.settings.seed)]
-    samples = run.sample(model, prompts, 4, EVALUATION, f"{stage} held-out answers")
-    rewards = [None] * len(samples)
+    path = run.out / "evaluation" / f"{stage}.jsonl"
+    if path.exists():
+        return
+    prompts = [run.prompt(text) for text in tiny.held_out_prompts(run.settings.seed)]
+    samples = run.sample(f"{stage} held-out answers", partial(run.load, policy), prompts, 4, EVALUATION)
     if reference:
-        rewards = map(implicit_reward, run.score(model, samples, "held-out log-probs"),
-                      run.score(run.load(reference), samples, "held-out log-probs"))
-    write_rows(run.out / "evaluation" / f"{stage}.jsonl", (
-        {"prompt": x.prompt.content, "sample": x.number, "text": x.text, "reward": reward,
-         "gold": tiny.judge(x.prompt.content, x.text)} for x, reward in zip(samples, rewards)))
+        score_answers(run, f"{stage} held-out answers", samples, policy, reference)
+    write_rows(path, (
+        {"prompt": x.prompt.content, "sample": x.number, "text": x.text,
+         "reward": implicit_reward(x.policy, x.reference) if reference else None,
+         "gold": tiny.judge(x.prompt.content, x.text)} for x in samples))
+    run.end_stage()
+
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1366,18 +1544,39 @@ def run_rounds(run, policy, reference):
 
 def main(argv=None):
     """Run everything. Returns the exit code: 2 for bad input, which costs one line on stderr."""
+    run = None
     try:
-        run = Run(parse_settings(argv))
-        policy, reference = first_models(run)
-        if run.is_tiny:
-            evaluate(run, "sft", reference or policy)
-            if reference:
-                evaluate(run, "dpo", policy, reference)
-        run_rounds(run, policy, reference)
-        print(report.write(run.out))
+        settings, dry_run = parse_settings(argv)
+        run = Run(settings)
+        if dry_run:
+            print(plan(run))
+            return 0
+        with runs.held_signals():
+            run.open()
+            policy, reference = first_models(run)
+            if run.is_tiny:
+                evaluate(run, "sft", reference or policy)
+                if reference:
+                    evaluate(run, "dpo", policy, reference)
+            run_rounds(run, policy, reference)
+            run.end_stage()
+            print(report.write(run.out))
     except InputError as error:
         print(f"dice.py: {error}", file=sys.stderr)
         return 2
+    except runs.Interrupted:
+        print(f"dice.py: stopped. What is done is in {run.out}; the same command goes on from there",
+              file=sys.stderr)
+        return 130
+    except (OSError, SafetensorError) as error:
+        if "No space left" not in str(error):
+            raise
+        print(f"dice.py: {run.out}: the disk is full. What is done is safe; free some space and give the same "
+              "command again to go on", file=sys.stderr)
+        return 2
+    finally:
+        if run:
+            run.unlock()
     return 0
 
 

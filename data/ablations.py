@@ -48,7 +48,9 @@ def base(directory, seed):
 
     work = directory.with_name("base.unfinished")
     shutil.rmtree(work, ignore_errors=True)
-    run = dice.Run(dice.parse_settings(["--seed", str(seed), "--out", str(work), "--device", "cpu"]))
+    settings, _ = dice.parse_settings(["--seed", str(seed), "--out", str(work), "--device", "cpu"])
+    run = dice.Run(settings)
+    run.open()
     policy, reference = dice.first_models(run)
     dice.evaluate(run, "sft", reference)
     dice.evaluate(run, "dpo", policy, reference)
@@ -62,9 +64,9 @@ def arm(directory, base, seed, changes):
     work = directory.with_name(directory.name + ".unfinished")
     shutil.rmtree(work, ignore_errors=True)
     given = [word for key, value in changes.items() for word in ("--" + key.replace("_", "-"), str(value))]
-    run = dice.Run(
-        dice.parse_settings(["--seed", str(seed), "--out", str(work), "--device", "cpu", *given])
-    )
+    settings, _ = dice.parse_settings(["--seed", str(seed), "--out", str(work), "--device", "cpu", *given])
+    run = dice.Run(settings)
+    run.open()
     shutil.copytree(base / "evaluation", work / "evaluation")
     dice.run_rounds(run, base / "dpo", base / "sft")
     work.rename(directory)

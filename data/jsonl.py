@@ -6,11 +6,10 @@ answer.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import NamedTuple
 
-from model import InputError
+from model import InputError, parse_json
 
 ROLES = ("system", "user", "assistant")
 
@@ -38,8 +37,8 @@ def read_rows(path):
 
 def parse(text, where):
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise InputError(f"{where}: not valid JSON: {error}")
 
 
@@ -82,7 +81,7 @@ def preference(row, where):
     scores = tuple(row.get(key) for key in ("score_chosen", "score_rejected"))
     if scores == (None, None):
         scores = None
-    elif not all(type(score) in (int, float) and math.isfinite(score) for score in scores):
+    elif not all(type(score) in (int, float) and abs(score) < 1e30 for score in scores):
         raise InputError(f'{where}: "score_chosen" and "score_rejected" must both be numbers, not {scores}')
     chosen, rejected = (answer_of(answer, prompt, where) for answer in (chosen, rejected))
     steps = row.get("initial_reason_steps")
@@ -105,7 +104,9 @@ def prompt_of(row, where):
     check_turns(prompt, f'{where}: "{key}"')
     if prompt[-1]["role"] == "assistant":
         raise InputError(f'{where}: "{key}" ends with an assistant turn; it must end before the answer')
-    return prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt
+    if len(prompt) == 1 and prompt[0]["role"] == "user":
+        return prompt[0]["content"]
+    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]  # equal prompts are equal
 
 
 def answer_of(answer, prompt, where):

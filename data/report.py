@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-try:
-    from data import tiny
-except ImportError:  # run as a script
-    import tiny
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for when it is run as a script
+import model as models  # noqa: E402
+from data import runs, tiny  # noqa: E402
 
 
 def read_rows(path):
@@ -24,13 +23,14 @@ def write(out):
     examples."""
     settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
     metrics = read_rows(out / "metrics.jsonl")
-    judged = (out / "evaluation").exists()
-    table = judged_table(out, metrics) if judged else training_table(metrics)
+    judged, trained = (out / "evaluation").exists(), training_table(metrics)
+    table = judged_table(out, metrics) if judged else trained
     text = markdown(table) + (examples(out, first_stages(out)[-1], table[-1]["stage"]) if judged else "")
+    more = f"\n## Training and rounds\n\n{markdown(trained)}" if judged else ""
     shown = ("model", "seed", "rounds", "samples", "gamma", "alpha", "labeller", "loss", "beta")
-    (out / "report.md").write_text(
-        f"# DICE: {settings['model']}\n\n{', '.join(f'{key} {settings[key]}' for key in shown)}; "
-        f"the other settings are in settings.json.\n\n{text}\n![curves](curves.png)\n", encoding="utf-8")
+    runs.write(out / "report.md",
+               f"# DICE: {settings['model']}\n\n{', '.join(f'{key} {settings[key]}' for key in shown)}; "
+               f"the other settings are in settings.json.\n\n{text}{more}\n![curves](curves.png)\n")
     curves(out, metrics, table)
     return text
 
@@ -74,7 +74,8 @@ def agreement(gold, reward):
     return agrees[better].mean() if np.isfinite(reward).all() else np.nan
 
 
-ROUND = ("alpha", "generated_pairs", "replayed_pairs", "answer_chars", "truncated", "pair_length_gap")
+ROUND = ("alpha", "generated_pairs", "replayed_pairs", "pair_length_gap", "kl", "answer_chars", "truncated",
+         "identical", "offline_agreement")
 
 
 def training_table(metrics):
@@ -89,6 +90,18 @@ def training_table(metrics):
             key: np.mean([row.get(key, np.nan) for row in last]) for key in ("loss", "accuracy", "margin")},
             **{key.replace("_", " "): about.get(key) for key in ROUND}})
     return table
+
+
+def warnings(row, first):
+    """What to fear of a round, in plain words; row and first are its own and the first round's metrics."""
+    if row["offline_agreement"] is not None and row["offline_agreement"] <= 0.5:
+        yield (f"the reward agrees with {row['offline_agreement']:.0%} of the held-out offline pairs, no more than "
+               "a coin would. Its labels may no longer be what people prefer: compare with the policy before")
+    if row["answer_chars"] > 1.5 * first["answer_chars"]:
+        yield (f"answers have grown from {first['answer_chars']:.0f} to {row['answer_chars']:.0f} characters "
+               "since the first round: length is running away")
+    if row["truncated"] > 0.25:
+        yield f"{row['truncated']:.0%} of the answers reach --max-new-tokens: the policy may be forgetting to end"
 
 
 def markdown(table):
@@ -141,7 +154,7 @@ def curves(out, metrics, table):
     axes[2].set(title="answers")
     axes[2].legend()
     figure.tight_layout()
-    figure.savefig(out / "curves.png", dpi=100)
+    models.write_file(out / "curves.png", lambda scratch: figure.savefig(scratch, dpi=100, format="png"))
     pyplot.close(figure)
 
 

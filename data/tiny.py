@@ -22,7 +22,8 @@ import numpy as np
 
 # ---------------------------------------------------------------------------------------- the knobs
 SFT_EXAMPLES = 40_000  # answers for the supervised start: about 40 for each of the 1024 training prompts
-PREFERENCES = 2048     # offline pairs; they walk through the training prompts, so 2 for each of the 1024
+PREFERENCES = 2304     # offline pairs; they walk through the training prompts, so 2 for each of the 1024, and
+                       # 256 more that dice.py keeps from training
 ANIMALS = 32           # how many rows of TABLE are used (the first ones), 40 prompts each; at most 32
 DICE_PROMPTS = 256     # training prompts that are sampled for, the same in every round
 HELD_OUT = 256         # prompts kept for evaluation, 8 per animal; fewer takes a random part of them

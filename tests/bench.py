@@ -43,9 +43,7 @@ SHAPES = {
                          head_size=32, hidden=384, tied=True), dict(prompts=2, pairs=8)),
     "25m": (models.Config(vocab_size=32000, context=1024, layers=8, width=384, heads=8, kv_heads=4,
                           head_size=48, hidden=1024, tied=True), dict(prompts=8, pairs=40)),
-    "llama3-8b": (models.Config(vocab_size=128256, context=8192, layers=32, width=4096, heads=32, kv_heads=8,
-                                head_size=128, hidden=14336, rope_theta=500000.0),
-                  dict(prompts=32, pairs=64)),
+    "llama3-8b": (models.NAMES["llama3-8b"].shape, dict(prompts=32, pairs=64)),
 }
 K, MAX_NEW, BATCH = 16, 512, 8
 
@@ -138,16 +136,19 @@ def our_sampling(args, config, sizes):
 def our_scoring(args, config, sizes):
     net, rows = dice.load_model(args.weights, args.device, dtype_of(args)), answers_of(config, sizes)
     return lambda: scoring_result(config, rows, dice.score(
-        net, our_samples(rows), our_settings(args).score_tokens, "scoring"))
+        net, our_samples(rows), dice.Budget(our_settings(args).score_tokens, "scoring")))
 
 
 def our_training(args, config, sizes):
     net, rows, log = dice.load_model(args.weights, args.device), pairs_of(config, sizes), []
-    run = SimpleNamespace(settings=our_settings(args), log=log.append)
+    s = our_settings(args)
+    run = SimpleNamespace(settings=s, log=log.append, log_speed=lambda *_, **__: None,
+                          resume_training=lambda *_: 0, score_budget=dice.Budget(s.score_tokens, "scoring"),
+                          train_budget=dice.Budget(s.train_tokens, "training"))
 
     def work():
         samples = our_samples([(p, a) for p, *both in rows for a in both])
-        for x, value in zip(samples, dice.score(net, samples, run.settings.score_tokens, "reference")):
+        for x, value in zip(samples, dice.score(net, samples, run.score_budget)):
             x.policy = value
         pairs = [dice.Pair(*both, "replayed") for both in zip(samples[::2], samples[1::2])]
         dice.train(run, "dpo", net, dice.preference_losses, pairs, lr=1e-7, steps=len(pairs), epochs=1,

@@ -485,9 +485,19 @@ class Bench:
 
     def __init__(self, **changes):
         self.settings, self.rows = settings(lr=1e-3, warmup=0, dtype="float32", **changes), []
+        self.train_budget = dice.Budget(self.settings.train_tokens, "training")
+        self.score_budget = dice.Budget(self.settings.score_tokens, "scoring")
 
     def log(self, row):
         self.rows.append(row)
+
+    def log_speed(self, *_, **__):
+        pass
+
+    def resume_training(self, *_):
+        return 0
+
+    save_training = save_culprits = log_speed
 
 
 def random_pairs(net, count, seed=0):
@@ -504,7 +514,7 @@ def random_pairs(net, count, seed=0):
             )
         )
     samples = [x for p in pairs for x in (p.chosen, p.rejected)]
-    for x, value in zip(samples, dice.score(net, samples, 500, "")):
+    for x, value in zip(samples, dice.score(net, samples, dice.Budget(500, "scoring"))):
         x.policy = value
     return pairs
 
@@ -797,5 +807,5 @@ def test_a_reference_with_another_vocabulary_is_refused(checkpoint, tmp_path, ca
 
 def test_the_settings_of_a_model_stand_between_the_class_and_the_command_line(monkeypatch):
     monkeypatch.setitem(models.SETTINGS, "tiny", {"beta": 0.3, "lr": 1e-3})
-    parsed = dice.parse_settings(["--lr", "0.5"])
+    parsed, _ = dice.parse_settings(["--lr", "0.5"])
     assert (parsed.beta, parsed.lr, parsed.gamma, parsed.out) == (0.3, 0.5, 0.5, "out/tiny")

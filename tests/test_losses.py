@@ -386,8 +386,9 @@ def test_scores_and_steps_are_read_and_pairs_come_back_as_they_went_out(tmp_path
     run = dice.Run(
         dice.parse_settings(
             ["--model", str(checkpoint), "--preferences", str(path), "--out", str(tmp_path / "out")]
-        )
+        )[0]
     )
+    run.open()
     one, other = run.offline
     tokenizer = run.tokenizer
     assert one.prompt.ids == tokenizer.prompt("2 + 2 + 2?") + tokenizer.encode("First 2 + 2 = 4.", start=False)
@@ -397,7 +398,7 @@ def test_scores_and_steps_are_read_and_pairs_come_back_as_they_went_out(tmp_path
     assert run.prompts[0].ids == tokenizer.prompt("2 + 2 + 2?")  # sampled for from its beginning
     for x in (one.chosen, one.rejected, other.chosen, other.rejected):
         x.policy = 0.0
-    dice.record_round(run, "round-1", 0.0, [one.chosen], run.offline)
+    dice.record_round(run, "round-1", 0.0, [one.chosen], run.offline, None)
     again = jsonl.read_preferences(tmp_path / "out" / "round-1" / "pairs.jsonl")
     assert [(p.prompt, p.chosen, p.rejected, p.steps) for p in again] == [
         (p.prompt, p.chosen, p.rejected, p.steps) for p in (step, plain)
@@ -569,7 +570,7 @@ def test_fdpo_drops_for_good_and_trains_on_the_rest(monkeypatch):
         seen.append([pairs.index(p) for p in items])
         return dice.preference_losses(model, items, settings)
 
-    run.settings.train_tokens = 10**6
+    run.train_budget.tokens = 10**6
     dice.train(run, "dpo", net, losses, pairs, lr=1e-4, steps=99, epochs=3, batch=1, keep=keep)
     everything = [i for group in seen for i in group]
     assert asked == [(0, [0, 1, 2, 3, 4, 5]), (1, [1, 2, 3, 4, 5]), (2, [2, 3, 4, 5])]

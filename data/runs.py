@@ -1,0 +1,212 @@
+"""The directory of a run that nothing can spoil: killed at any moment, the same command goes on from there.
+
+What makes that simple: every file appears whole or not at all; a stage is done when its checkpoint is there;
+within a stage, finished chunks of work and the training's last checkpoint are kept in partial/; and what is
+done again comes out the same, because everything random is drawn from the seed and its place in the run.
+"""
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+import torch
+from tqdm import tqdm
+
+import model as models
+from model import InputError
+
+# ---------------------------------------------------------------------------------------- interruption
+STOP = []  # the signal that asks the run to stop
+
+
+class Interrupted(Exception):
+    """Raised at a safe point after Ctrl-C or SIGTERM."""
+
+
+def safe_point():
+    if STOP:
+        raise Interrupted
+
+
+@contextmanager
+def held_signals():
+    """Ctrl-C and SIGTERM wait for the next safe point; a second one does not."""
+    def hold(number, frame):
+        if STOP:
+            raise KeyboardInterrupt
+        STOP.append(number)
+        os.write(2, b"\nstopping at the next safe point; once more to stop at once\n")
+
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        STOP.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------- files
+def say(text):
+    tqdm.write(text, file=sys.stderr)
+
+
+def write(path, text):
+    models.write_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+
+
+def write_rows(path, rows):
+    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def append(path, value):
+    """A line to a file of JSON lines."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(value) + "\n")
+
+
+def whole_rows(path):
+    """The rows of a file of JSON lines. A last line without its end was being written, and is taken out."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[:data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+class RunDirectory:
+    """metrics.jsonl, timing.jsonl, partial/, and the lock of a run in the directory `out`."""
+
+    def __init__(self, out):
+        self.out, self.lock_file = Path(out), None
+
+    def begin(self, identity):
+        """Begin a run, or go on with the one of the same identity (a dict of JSON values).
+
+        InputError if another process is at work in the directory, if it holds something else than a run, or a
+        run of another identity, telling what differs.
+        """
+        known = self.out / "settings.json"
+        if not known.exists() and self.out.exists() and (
+                not self.out.is_dir() or {path.name for path in self.out.iterdir()} - {".lock"}):
+            raise InputError(f"{self.out}: holds files already, not a run's; choose another --out, or delete it")
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        if known.exists():
+            old = models.read_json(known)
+            differ = [f"--{key.replace('_', '-')} {old.get(key)!r}, now {identity.get(key)!r}"
+                      for key in sorted(old.keys() | identity.keys()) if old.get(key) != identity.get(key)]
+            if differ:
+                raise InputError(f"{self.out}: was begun with other settings ({'; '.join(differ)}); give the "
+                                 "same ones to go on, or choose another --out")
+            say(f"{self.out}: goes on where it stopped")
+        else:
+            write(known, json.dumps(identity, indent=1) + "\n")
+        for leftover in list(self.out.rglob(".*.tmp")):  # of writes that were cut short
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.metrics = whole_rows(self.out / "metrics.jsonl")
+        self.logged = {(row["stage"], row.get("step")) for row in self.metrics}
+        whole_rows(self.out / "timing.jsonl")
+
+    def lock(self):
+        """One process in a directory at a time; the lock goes with the process, however that ends."""
+        if fcntl is None:
+            return
+        self.lock_file = open(self.out / ".lock", "w")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(f"{self.out}: another process is at work in it; wait for it to end, or choose "
+                             "another --out")
+
+    def unlock(self):
+        if self.lock_file:
+            self.lock_file.close()
+
+    def log(self, row):
+        """A row of metrics.jsonl, once: what is done again after an interruption is there already."""
+        key = row["stage"], row.get("step")
+        if key not in self.logged:
+            self.logged.add(key)
+            self.metrics.append(row)
+            append(self.out / "metrics.jsonl", row)
+
+    def sync(self):
+        """Wait until the metrics are on the disk."""
+        models.flush(self.out / "metrics.jsonl")
+
+    def log_speed(self, what, seconds, **amount):
+        """A row of timing.jsonl, apart from the metrics, which are the same whenever a run is repeated."""
+        append(self.out / "timing.jsonl", {"what": what, **amount, "seconds": round(seconds, 4)})
+
+    def partial(self, what, end):
+        return self.out / "partial" / f"{what.replace(' ', '-')}.{end}"
+
+    def end_stage(self):
+        """What was kept to go on within a stage is not needed after it."""
+        shutil.rmtree(self.out / "partial", ignore_errors=True)
+
+    def in_chunks(self, what, items, size, work, answers=1):
+        """work(chunk, update) on consecutive chunks of items, each a list of JSON values; all in one list.
+
+        The values of a chunk are a line of a file in partial/ as soon as they are known, and are not worked
+        out again. update: is told how many more answers are done; an item has `answers`.
+        """
+        path, results = self.partial(what, "jsonl"), []
+        done = whole_rows(path)
+        with tqdm(total=len(items) * answers, desc=what, unit="answer") as bar:
+            for i, start in enumerate(range(0, len(items), size)):
+                if i == len(done):
+                    safe_point()
+                    started = time.perf_counter()
+                    done.append(work(items[start:start + size], bar.update))
+                    append(path, done[i])
+                    models.flush(path)
+                    self.log_speed(what, time.perf_counter() - started, answers=len(done[i]))
+                results += done[i]
+                bar.n = min(start + size, len(items)) * answers
+        return results
+
+
+# ---------------------------------------------------------------------------------------- memory
+class Budget:
+    """Padded tokens in one pass through a model. When memory runs out on that it is halved, for good."""
+
+    def __init__(self, tokens, what):
+        self.tokens, self.what = tokens, what
+
+    def shrink(self, group):
+        """Memory has run out on this group of dice.Sample or dice.Pair, the largest first. InputError if it
+        is one alone."""
+        if len(group) == 1:
+            raise InputError(f"out of memory in {self.what} with one alone, of {len(group[0])} tokens, on the "
+                             f"prompt {str(group[0].prompt.content)[:60]!r}; leave such long ones out (with "
+                             "--max-tokens, --max-new-tokens), or take a larger machine")
+        self.tokens = group[0].padded * len(group) // 2
+        say(f"out of memory in {self.what}: from here on {self.tokens} tokens in one pass, to the same result")
+
+
+def out_of_memory(error):
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # CUDA, CPU
+
+
+def free_memory():
+    """Bytes of main memory that are free, or could be made so."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf

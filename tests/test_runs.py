@@ -1,0 +1,317 @@
+"""What an interrupted, crowded or unlucky run does: it loses nothing, and ends as one that was left alone."""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import signal
+import time
+
+import kill
+import numpy as np
+import pytest
+import torch
+from test_dice import LLAMA, Bench, checkpoint, network, random_pairs, train_dpo
+
+import dice
+import model as models
+from data import report, runs, tiny
+from model import InputError
+
+assert checkpoint  # a fixture
+
+ARGV = ["--sft-steps", "40", "--sft-lr", "0.01", "--dpo-steps", "9", "--steps", "9", "--samples", "4", "--batch", "4",
+        "--rounds", "1", "--min-valid", "0", "--save-steps", "4", "--chunk", "3", "--epochs", "3"]  # fmt: skip
+ARGV += ["--filter", "fdpo"]  # the choices of its epochs must survive too
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The directory of a run that nothing disturbed."""
+    directory = tmp_path_factory.mktemp("alone")
+    kill.finish(directory, ARGV, small=True)
+    return directory / "run"
+
+
+@pytest.fixture
+def small(monkeypatch, tmp_path):
+    """The world of kill.SMALL, in this process; a run in tmp_path/run."""
+    for name, value in (("SFT_EXAMPLES", 2000), ("PREFERENCES", 64), ("HELD_OUT", 6), ("DICE_PROMPTS", 10)):
+        monkeypatch.setattr(tiny, name, value)
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    return lambda *argv: dice.main([*ARGV, "--out", "run", "--device", "cpu", *argv])
+
+
+def test_killed_at_any_moment_it_ends_as_if_left_alone(alone, tmp_path):
+    """SIGKILL in supervised training, in sampling, in a round's training, and in the middle of a line."""
+    run = tmp_path / "run"
+    moments = [
+        lambda: (run / "partial" / "sft.safetensors").exists(),
+        lambda: (run / "partial" / "round-1-samples.jsonl").exists(),
+        lambda: (run / "partial" / "round-1.safetensors").exists(),
+    ]
+    for reached in moments:
+        process = kill.start(tmp_path, ARGV, small=True)
+        while not reached():
+            assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"stage": "sft", "st')
+    (run / ".policy.0123.tmp").mkdir()  # what SIGKILL leaves of a checkpoint
+    (run / ".policy.0123.tmp" / "model.safetensors").write_bytes(b"half")
+    kill.finish(tmp_path, ARGV, small=True)
+    assert kill.differences(alone, run) == []
+    log = (tmp_path / "log.txt").read_text()
+    assert log.count("goes on where it stopped") == 3 and "sft: goes on after step" in log
+    assert not (run / "partial").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["sampling", "training"])
+def test_ctrl_c_and_sigterm_stop_at_a_safe_point(number, moment, alone, small, tmp_path, monkeypatch, capsys):
+    log, whole = dice.Run.log, dice.Run.in_chunks
+
+    def stop_in_training(self, row):
+        if moment == "training" and (row["stage"], row.get("step")) == ("round-1", 2):
+            os.kill(os.getpid(), number)
+        log(self, row)
+
+    def stop_in_sampling(self, what, items, size, work, answers=1):
+        def stopping(chunk, update):
+            if moment == "sampling" and what == "round-1 samples" and chunk[0] is not items[0]:
+                os.kill(os.getpid(), number)
+            return work(chunk, update)
+
+        return whole(self, what, items, size, stopping, answers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dice.Run, "log", stop_in_training)
+        patch.setattr(dice.Run, "in_chunks", stop_in_sampling)
+        assert small() == 130
+    assert "the same command goes on from there" in capsys.readouterr().err
+    assert signal.getsignal(number) not in (None, signal.SIG_IGN) and not runs.STOP
+    left = {path.name for path in (tmp_path / "run" / "partial").iterdir()}
+    if moment == "training":  # the state after the very step it was stopped in
+        assert models.read_tensors(tmp_path / "run" / "partial" / "round-1.safetensors")[1]["step"] == 2
+    else:
+        assert left == {"round-1-samples.jsonl"}
+    assert small() == 0
+    assert kill.differences(alone, tmp_path / "run") == []
+
+
+def test_a_finished_run_is_told_again_at_once(alone, small, tmp_path, capsys, monkeypatch):
+    os.rename(alone, tmp_path / "run")
+    monkeypatch.setattr(dice, "generate", None)
+    monkeypatch.setattr(dice, "train", None)
+    try:
+        assert small() == 0
+    finally:
+        os.rename(tmp_path / "run", alone)
+    assert "round-1" in capsys.readouterr().out
+
+
+def test_other_settings_data_or_processes_are_refused(small, checkpoint, tmp_path, capsys):
+    data = tmp_path / "pairs.jsonl"
+    row = '{"prompt": "Hello", "chosen": "Good day.", "rejected": "Go."}\n'
+    data.write_text(row)
+    argv = ["--model", str(checkpoint), "--preferences", str(data), "--rounds", "0", "--dpo-steps", "1"]
+    argv += ["--filter", "none", "--sft-steps", "1"]
+    assert small(*argv) == 0
+    before = kill.contents(tmp_path / "run")
+    capsys.readouterr()
+    assert small(*argv, "--beta", "0.2", "--seed", "5") == 2
+    told = capsys.readouterr().err
+    assert "--beta 0.1, now 0.2; --seed 0, now 5" in told and len(told.splitlines()) == 1
+    data.write_text(row + row)
+    assert small(*argv) == 2 and "contents of preferences" in capsys.readouterr().err
+    data.write_text(row)
+    with open(tmp_path / "run" / ".lock", "w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert small(*argv) == 2 and "another process is at work" in capsys.readouterr().err
+    assert kill.contents(tmp_path / "run") == before
+    (tmp_path / "run" / "settings.json").unlink()
+    assert small(*argv) == 2 and "holds files already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("what", ["append", "rename", "tensors"])
+def test_a_full_disk_ends_the_run_and_what_is_done_is_kept(what, alone, small, tmp_path, monkeypatch, capsys):
+    """The disk is full at the 30th line, the 12th file, the 5th file of tensors: somewhere in the middle."""
+    full, calls = OSError(errno.ENOSPC, "No space left on device"), []
+    where, name, last = {"append": (runs, "append", 70), "rename": (os, "replace", 12),
+                         "tensors": (models, "save_file", 5)}[what]  # fmt: skip
+    real = getattr(where, name)
+
+    def until_full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == last:
+            if what == "tensors":
+                raise dice.SafetensorError("Error while serializing: I/O error: No space left on device")
+            raise full
+        return real(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, until_full)
+        assert small() == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "the disk is full" in told and len(calls) == last
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert small() == 0 and kill.differences(alone, tmp_path / "run") == []
+
+
+def test_a_dry_run_plans_and_writes_nothing(small, checkpoint, tmp_path, capsys):
+    assert small("--dry-run") == 0
+    out = capsys.readouterr().out
+    assert "256 held out" not in out and "56 offline pairs and 8 held out" in out
+    for word in ("prompts", "parameters", "stages", "time", "disk", "memory", "GB"):
+        assert word in out
+    assert not (tmp_path / "run").exists()
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "x " * 500}) + "\n")
+    assert small("--dry-run", "--prompts", str(long)) == 2 and "context of 128" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_a_disk_too_small(small, monkeypatch, tmp_path, capsys):
+    usage = dice.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(dice.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    assert small("--dry-run") == 2 and "of disk" in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------------- numbers that go wrong
+
+
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_pairs(small, tmp_path, monkeypatch, capsys):
+    real, steps = dice.mean_gradient, []
+
+    def spoiled(model, losses_of, items, settings, budget):
+        row = real(model, losses_of, items, settings, budget)
+        if losses_of is not dice.sft_losses:
+            steps.append(1)
+        return row | {"loss": math.nan} if len(steps) == 3 else row
+
+    monkeypatch.setattr(dice, "mean_gradient", spoiled)
+    assert small("--filter", "none") == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "dpo, step 3: loss nan" in told and "dpo-not-finite.jsonl" in told
+    rows = [json.loads(line) for line in (tmp_path / "run" / "dpo-not-finite.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 4 and all(math.isfinite(r["logprob"]) and r["prompt"] for r in rows)
+    tensors, about = models.read_tensors(tmp_path / "run" / "partial" / "dpo.safetensors")
+    assert about["step"] == 2 and all(torch.isfinite(x).all() for x in tensors.values())
+
+
+def allocation(limit, monkeypatch):
+    """Let memory run out above `limit` padded tokens in one pass."""
+    real, seen = dice.sequence_logprobs, []
+
+    def small_memory(model, prompts, answers):
+        tokens = len(prompts) * max(len(p) + len(a) for p, a in zip(prompts, answers))
+        if tokens > limit:
+            raise torch.OutOfMemoryError(f"tried to allocate {tokens}")
+        seen.append(tokens)
+        return real(model, prompts, answers)
+
+    monkeypatch.setattr(dice, "sequence_logprobs", small_memory)
+    return seen
+
+
+def test_out_of_memory_halves_the_pass_and_changes_no_result(monkeypatch, capsys):
+    net, weights, scores = network(LLAMA), [], []
+    for limit in (10**9, 200):
+        seen = allocation(limit, monkeypatch)
+        run = Bench(batch=8, epochs=2, train_tokens=10**4)
+        pairs = random_pairs(net, 16)
+        samples = [x for p in pairs for x in (p.chosen, p.rejected)]
+        scores.append(dice.score(net, samples, dice.Budget(10**4, "scoring")))
+        trained = network(LLAMA)
+        train_dpo(run, trained, pairs, lr=1e-3, steps=4)
+        weights.append(torch.cat([p.detach().flatten() for p in trained.parameters()]))
+        assert len(run.rows) == 4 and max(seen) <= limit
+    torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=0)
+    assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+    told = [line for line in capsys.readouterr().err.split("\n") if "out of memory in" in line]
+    assert 0 < sum("training" in line for line in told) < 8  # said when it is halved, and not in every step
+
+
+def test_a_pair_too_large_for_memory_is_named(monkeypatch):
+    net = network(LLAMA)
+    pairs = random_pairs(net, 4)
+    allocation(3, monkeypatch)
+    with pytest.raises(InputError, match="out of memory in training with one alone, of .* tokens, on the prompt"):
+        train_dpo(Bench(batch=4), net, pairs, lr=1e-3, steps=1)
+    with pytest.raises(InputError, match="out of memory in scoring"):
+        dice.score(net, [pairs[0].chosen], dice.Budget(100, "scoring"))
+
+
+def test_out_of_memory_in_sampling_takes_fewer_rows_and_gives_the_same(alone, small, tmp_path, monkeypatch, capsys):
+    real = dice.generate
+
+    def cramped(*args, rows, **options):
+        if rows > 16:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return real(*args, rows=rows, **options)
+
+    monkeypatch.setattr(dice, "generate", cramped)
+    assert small() == 0
+    assert "from here on with 16 sequences in flight" in capsys.readouterr().err
+    assert (tmp_path / "run/round-1/samples.jsonl").read_bytes() == (alone / "round-1/samples.jsonl").read_bytes()
+
+
+def test_other_runtime_errors_keep_their_traceback(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(dice, "sequence_logprobs", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        dice.score(network(LLAMA), random_samples(), dice.Budget(100, "scoring"))
+
+
+def random_samples():
+    prompt = dice.Prompt("x", [5, 6])
+    return [dice.Sample(prompt, [7, 2], "y")]
+
+
+def test_warnings_come_when_they_should_and_only_then():
+    good = {"offline_agreement": 0.6, "answer_chars": 100, "truncated": 0.01}
+    assert list(report.warnings(good, good)) == []
+    for change, told in (
+        ({"offline_agreement": 0.5}, "agrees with 50%"),
+        ({"answer_chars": 160}, "from 100 to 160 characters"),
+        ({"truncated": 0.3}, "30% of the answers reach"),
+    ):
+        [warning] = report.warnings({**good, **change}, good)
+        assert told in warning
+    assert list(report.warnings({**good, "offline_agreement": None}, good)) == []
+
+
+def test_a_round_reports_what_shows_a_collapse(alone):
+    [row] = [row for row in runs.whole_rows(alone / "metrics.jsonl") if "alpha" in row]
+    samples = runs.whole_rows(alone / "round-1" / "samples.jsonl")
+    assert row["kl"] == pytest.approx(np.mean([x["policy_logprob"] - x["reference_logprob"] for x in samples]))
+    different = {(x["prompt"], x["text"]) for x in samples}
+    assert row["identical"] == pytest.approx(1 - len(different) / len(samples))
+    assert 0 <= row["offline_agreement"] <= 1
+    assert "offline agreement" in (alone / "report.md").read_text()
+
+
+def test_half_a_line_is_taken_out_and_whole_rows_stay(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"a": 1}\n{"a": 2}\n{"a": "\xc3')
+    assert runs.whole_rows(path) == [{"a": 1}, {"a": 2}]
+    assert path.read_bytes() == b'{"a": 1}\n{"a": 2}\n'
+    assert runs.whole_rows(tmp_path / "none.jsonl") == []
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a.json"
+    runs.write(path, "first")
+
+    def broken(scratch):
+        scratch.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        models.write_file(path, broken)
+    assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
