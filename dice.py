@@ -30,7 +30,6 @@ import hashlib
 import inspect
 import json
 import math
-import shutil
 import sys
 import tempfile
 import time
@@ -192,8 +191,8 @@ def parse_settings(argv=None):
         options = f"{', '.join(f.metadata['choices'])}; " if f.metadata["choices"] else ""
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
                             help=f"{f.metadata['help']} ({options}{default})")
-    parser.add_argument("--dry-run", action="store_true", help="check everything that can be checked, measure "
-                        "the machine, print the plan with sizes and times; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check what can be checked, measure the machine, "
+                        "print the plan with sizes and times; write nothing")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     dry_run = given.pop("dry_run")
     model, loss = given.get("model", Settings.model), given.get("loss", Settings.loss)
@@ -937,8 +936,8 @@ def preference_losses(model, pairs, settings, reference=None):
 
 
 def training_order(items, epochs, rng, keep, history):
-    """Indices of items, shuffled anew in every epoch, of those that keep(epoch, indices) still wants. What was
-    kept goes into history, from which an interrupted training goes on."""
+    """Indices of items, shuffled anew in every epoch, of those that keep(epoch, indices) still wants. What
+    was kept goes into history, from which an interrupted training goes on."""
     for epoch in range(epochs):
         if keep and epoch == len(history):
             history.append(keep(epoch, history[-1] if history else list(range(len(items)))))
@@ -1002,8 +1001,10 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             optimizer.zero_grad(set_to_none=True)
             run.save_training(stage, model, optimizer, step, history)
-            raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
-                             f"the step was not taken, and the model before it is kept. {run.save_culprits(stage, model, chosen)}")
+            raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}. "
+                             "The step was not taken, and the model before it is kept. Its prompts, answers "
+                             f"and log-probs are in {run.save_culprits(stage, model, chosen)}; look there, or "
+                             "begin anew with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log({"stage": stage, "step": step + 1, **row, "lr": rate})
@@ -1044,7 +1045,7 @@ class Run(RunDirectory):
                 raise InputError(f"{directory}: is a reward model, which cannot speak; give it to --labeller")
             if config.vocab_size < self.tokenizer.vocab_size or config.context < self.config.context:
                 raise InputError(f"{directory}: has fewer embeddings than the tokenizer has ids, or a shorter "
-                                 "context than the policy; policy, reference and tokenizer must belong together")
+                                 "context than the policy; policy, reference, tokenizer must belong together")
             models.check_weights(directory, config)
         self.labeller = None
         if settings.labeller not in ("implicit", "gold"):
@@ -1087,9 +1088,9 @@ class Run(RunDirectory):
         if not offline and s.gamma and s.rounds:
             raise InputError(f"--gamma {s.gamma}: there are no offline pairs to replay; give --preferences "
                              "FILE, or --gamma 0 to do without")
-        self.offline = self.fitting(offline)
-        count = min(s.held_out, len(self.offline) // 8)
-        self.offline, self.held_out = self.offline[:len(self.offline) - count], self.offline[len(self.offline) - count:]
+        pairs = self.fitting(offline)
+        count = len(pairs) - min(s.held_out, len(pairs) // 8)
+        self.offline, self.held_out = pairs[:count], pairs[count:]
         prompts = prompts or {p.prompt.key: ("", p.prompt.content) for p in self.offline}.values()
         self.prompts = [self.prompt(content, where) for where, content in prompts]
 
@@ -1162,8 +1163,8 @@ class Run(RunDirectory):
                     if not out_of_memory(error):
                         raise
                 if self.rows <= count:
-                    raise InputError(f"out of memory with the {count} samples of one prompt; lower --samples or "
-                                     "--max-new-tokens")
+                    raise InputError(f"out of memory with the {count} samples of one prompt; lower --samples "
+                                     "or --max-new-tokens")
                 self.rows = max(count, self.rows // 2)
                 say(f"out of memory in sampling: from here on with {self.rows} sequences in flight")
 
@@ -1211,13 +1212,14 @@ class Run(RunDirectory):
         return about["step"]
 
     def save_culprits(self, stage, model, items):
-        """What a step went wrong on, for inspection; returns a sentence that says where."""
+        """What a step went wrong on, for inspection; returns the file."""
         path = self.out / f"{stage}-not-finite.jsonl"
-        samples = [x for item in items for x in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))]
-        now = score(model, samples, self.score_budget)
-        write_rows(path, ({"prompt": x.prompt.content, "text": x.text, "tokens": x.tokens,
-                           "reference_logprob": x.policy, "logprob": logprob} for x, logprob in zip(samples, now)))
-        return f"Its prompts, answers and log-probs are in {path}; look there, or begin anew with a lower --lr"
+        samples = [x for item in items
+                   for x in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))]
+        write_rows(path, (
+            {"prompt": x.prompt.content, "text": x.text, "tokens": x.tokens, "reference_logprob": x.policy,
+             "logprob": logprob} for x, logprob in zip(samples, score(model, samples, self.score_budget))))
+        return path
 
 
 def tiny_model():
@@ -1250,7 +1252,8 @@ def first_models(run):
         keep = None
         if s.filter == "fdpo" and s.labeller != "implicit":  # there is no implicit reward before there is DPO
             keep = partial(fdpo, run, 0, policy, None, run.offline)
-        run.save(train_pairs(run, "dpo", run.offline, policy, lr=s.dpo_lr, steps=s.dpo_steps, keep=keep), "dpo")
+        model = train_pairs(run, "dpo", run.offline, policy, lr=s.dpo_lr, steps=s.dpo_steps, keep=keep)
+        run.save(model, "dpo")
     return run.out / "dpo", policy
 
 
@@ -1351,7 +1354,7 @@ class RewardModel:
         for group in batches([len(texts[i]) for i in fits], self.settings.score_tokens):
             safe_point()
             rows = [texts[fits[i]] for i in group]
-            # As transformers: the last token unlike the padding. An end token that serves as such is not read.
+            # As transformers: the last token unlike the padding, even where the end token serves as such.
             last = [max((t for t, token in enumerate(ids) if token != self.config.pad), default=0)
                     for ids in rows]
             hidden = net(pad(rows, net.device)[0])[torch.arange(len(rows)), last]  # (B, C)
@@ -1377,8 +1380,8 @@ def fdpo(run, number, policy, reference, pairs, model, epoch, kept):
     left = [i for i in kept if fdpo_keeps(said[pairs[i].prompt.key], pairs[i].chosen.reward)]
     say(f"fDPO, epoch {epoch + 1}: {len(left)} of {len(kept)} pairs are kept")
     if not left and not epoch:
-        raise InputError("--filter fdpo: leaves no pair to train on; by the labeller the policy's own answers "
-                         "are as good as every chosen one. Do without the filter, or stop here")
+        raise InputError("--filter fdpo: leaves no pair to train on; by the labeller the policy's own "
+                         "answers are as good as every chosen one. Do without the filter, or stop here")
     return left
 
 
@@ -1454,57 +1457,10 @@ def record_round(run, stage, alpha, samples, pairs, agrees):
     kl, agreed = ("not known" if value is None else text.format(value) for value, text in (
         (row["kl"], "{:.2f} nats"), (agrees, "{:.0%}")))
     say(f"{stage}: KL to the reference {kl}; answers of {row['answer_chars']:.0f} characters, "
-        f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; reward agrees with {agreed} of "
-        "the held-out offline pairs")
+        f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; reward agrees with {agreed} "
+        "of the held-out offline pairs")
     for warning in report.warnings(row, next(old for old in run.metrics if "alpha" in old)):
         say(f"{stage}: WARNING: {warning}")
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The dry run
-
-
-def plan(run):
-    """What the run will do, need and take, from its data and a short measurement with its own model."""
-    s, config, on_cuda = run.settings, run.config, run.settings.device.startswith("cuda")
-    model = new_model(config, s.seed) if run.is_tiny else run.load(run.base)
-    prompts = run.prompts[:max(1, s.rows // s.samples)]
-    short, started = min(32, s.max_new_tokens), time.perf_counter()
-    drawn = list(generate(model, [p.ids for p in prompts], s.samples, stop_ids=[], seed=s.seed, rows=s.rows,
-                          max_new_tokens=short))
-    sampling = (time.perf_counter() - started) / sum(len(ids) for _, _, ids, _ in drawn)  # seconds a token
-    samples = [Sample(prompts[i], ids, "") for i, _, ids, _ in drawn[:64]]
-    started = time.perf_counter()
-    score(model, samples, run.score_budget)
-    scoring = (time.perf_counter() - started) / sum(map(len, samples))
-
-    answers = [len(x.tokens) for p in run.offline for x in (p.chosen, p.rejected)] or [s.max_new_tokens / 2]
-    answer, prompt = float(np.mean(answers)), float(np.mean([len(p.ids) for p in run.prompts]))
-    drawn = s.rounds * len(run.prompts) * s.samples
-    steps = {"sft": s.sft_steps * s.sft_batch / 2, "dpo": 0 if run.reference else s.dpo_steps * s.batch,
-             "rounds": s.rounds * s.steps * s.batch}  # in pairs
-    hours = np.array([drawn * answer * sampling, 2 * drawn * (prompt + answer) * scoring,
-                      3 * sum(steps.values()) * 2 * (prompt + answer) * scoring]) / 3600
-
-    count = sum(p.numel() for p in model.parameters())
-    size = 2 if s.dtype == "bfloat16" else 4
-    stages = s.rounds + run.is_tiny + (s.sft_steps > 0) + (s.dpo_steps > 0 and not run.reference)
-    disk = stages * count * size + 2 * 12 * count + drawn * 12 * answer  # two states of the training at most
-    cache = s.rows * min(config.context, prompt + s.max_new_tokens) * config.layers * config.kv_heads * config.head_size
-    need = {"sampling": count * size + 2 * size * cache, "scoring": count * size, "training": 16 * count}
-    have = torch.cuda.mem_get_info(s.device)[0] if on_cuda else runs.free_memory()
-    free = shutil.disk_usage(next(p for p in (run.out, *run.out.absolute().parents) if p.exists())).free
-    if disk > free:
-        raise InputError(f"{run.out}: the run needs about {disk / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free")
-    memory = ", ".join(f"{what} {size / 1e9:.2f} GB" for what, size in need.items())
-    lack = "" if max(need.values()) < have else "\n            WARNING: that is more than there is"
-    return f"""plan for {run.out}; nothing was written
-data        {len(run.prompts)} prompts of {prompt:.0f} tokens, {len(run.offline)} offline pairs and {len(run.held_out)} held out
-policy      {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}
-stages      sft {s.sft_steps} steps; dpo {0 if run.reference else s.dpo_steps}; {s.rounds} rounds of {drawn // max(1, s.rounds)} samples and {s.steps} steps of {s.batch} pairs
-time        about {hours.sum():.2g} hours: sampling {hours[0]:.2g}, scoring {hours[1]:.2g}, training {hours[2]:.2g}, if answers have {answer:.0f} tokens
-disk        {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free: {stages} checkpoints, the state of the training, the samples
-memory      {memory}, and what passes through; {have / 1e9:.1f} GB are free{lack}"""
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1532,6 +1488,20 @@ def evaluate(run, stage, policy, reference=None):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def measure(run):
+    """For --dry-run: parameters of the policy, seconds a sampled token takes, and a scored one."""
+    s = run.settings
+    model = new_model(run.config, s.seed) if run.is_tiny else run.load(run.base)
+    prompts, started = run.prompts[:max(1, s.rows // s.samples)], time.perf_counter()
+    drawn = list(generate(model, [p.ids for p in prompts], s.samples, stop_ids=[], seed=s.seed, rows=s.rows,
+                          max_new_tokens=min(32, s.max_new_tokens)))
+    sampling = (time.perf_counter() - started) / sum(len(ids) for _, _, ids, _ in drawn)
+    samples, started = [Sample(prompts[i], ids, "") for i, _, ids, _ in drawn[:64]], time.perf_counter()
+    score(model, samples, run.score_budget)
+    scoring = (time.perf_counter() - started) / sum(map(len, samples))
+    return sum(p.numel() for p in model.parameters()), sampling, scoring
+
+
 def run_rounds(run, policy, reference):
     """--rounds of DICE, from the directories of the first policy and its reference (or None)."""
     first = reference
@@ -1549,7 +1519,7 @@ def main(argv=None):
         settings, dry_run = parse_settings(argv)
         run = Run(settings)
         if dry_run:
-            print(plan(run))
+            print(runs.plan(run, *measure(run)))
             return 0
         with runs.held_signals():
             run.open()
@@ -1571,8 +1541,8 @@ def main(argv=None):
     except (OSError, SafetensorError) as error:
         if "No space left" not in str(error):
             raise
-        print(f"dice.py: {run.out}: the disk is full. What is done is safe; free some space and give the same "
-              "command again to go on", file=sys.stderr)
+        print(f"dice.py: {run.out}: the disk is full. What is done is safe; free some space, and the same "
+              "command goes on from there", file=sys.stderr)
         return 2
     finally:
         if run:

@@ -302,6 +302,9 @@ def download_repository(repository, directory: Path):
             need(hub.startswith(("http://", "https://")), f"HF_ENDPOINT {hub}: is not an http(s) address")
             partial.mkdir(exist_ok=True)
             files = hub_files(f"{hub}/api/models/{repository}/tree/main", partial / "listing.json", token)
+            for path in partial.iterdir():                     # of another day, and gone from the hub
+                if path.name.removesuffix(".part") not in files:
+                    path.unlink()
             here = sum(path.stat().st_size for path in partial.iterdir())
             missing = sum(size for size, _ in files.values()) - here
             free = shutil.disk_usage(partial).free

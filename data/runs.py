@@ -5,7 +5,6 @@ within a stage, finished chunks of work and the training's last checkpoint are k
 done again comes out the same, because everything random is drawn from the seed and its place in the run.
 """
 import json
-import math
 import os
 import shutil
 import signal
@@ -102,7 +101,7 @@ class RunDirectory:
         known = self.out / "settings.json"
         if not known.exists() and self.out.exists() and (
                 not self.out.is_dir() or {path.name for path in self.out.iterdir()} - {".lock"}):
-            raise InputError(f"{self.out}: holds files already, not a run's; choose another --out, or delete it")
+            raise InputError(f"{self.out}: holds files already, not a run's; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock()
         if known.exists():
@@ -192,11 +191,11 @@ class Budget:
         """Memory has run out on this group of dice.Sample or dice.Pair, the largest first. InputError if it
         is one alone."""
         if len(group) == 1:
-            raise InputError(f"out of memory in {self.what} with one alone, of {len(group[0])} tokens, on the "
-                             f"prompt {str(group[0].prompt.content)[:60]!r}; leave such long ones out (with "
-                             "--max-tokens, --max-new-tokens), or take a larger machine")
+            raise InputError(f"out of memory in {self.what} with one alone, of {len(group[0])} tokens, on "
+                             f"the prompt {str(group[0].prompt.content)[:60]!r}; leave such long ones out "
+                             "(--max-tokens, --max-new-tokens), or take a larger machine")
         self.tokens = group[0].padded * len(group) // 2
-        say(f"out of memory in {self.what}: from here on {self.tokens} tokens in one pass, to the same result")
+        say(f"out of memory in {self.what}: from here on {self.tokens} tokens in a pass, to the same result")
 
 
 def out_of_memory(error):
@@ -209,4 +208,43 @@ def free_memory():
         lines = Path("/proc/meminfo").read_text().splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+# ---------------------------------------------------------------------------------------- the dry run
+def plan(run, count, sampling, scoring):
+    """What a dice.Run will do, take and need, as text. count: parameters of its policy; sampling, scoring:
+    seconds that a token takes. InputError where the disk is too small."""
+    s, c = run.settings, run.config
+    lengths = [len(x.tokens) for p in run.offline for x in (p.chosen, p.rejected)] or [s.max_new_tokens / 2]
+    answer, prompt = sum(lengths) / len(lengths), sum(len(p.ids) for p in run.prompts) / len(run.prompts)
+    drawn, dpo_steps = s.rounds * len(run.prompts) * s.samples, 0 if run.reference else s.dpo_steps
+    pairs = s.sft_steps * s.sft_batch / 2 + dpo_steps * s.batch + s.rounds * s.steps * s.batch
+    hours = [seconds / 3600 for seconds in (  # a training pass is three: forward, and backward twice as much
+        drawn * answer * sampling, 2 * drawn * (prompt + answer) * scoring,
+        3 * pairs * 2 * (prompt + answer) * scoring)]
+
+    size = 2 if s.dtype == "bfloat16" else 4  # bytes of a weight
+    stages = s.rounds + run.is_tiny + (s.sft_steps > 0) + (dpo_steps > 0)
+    disk = stages * count * size + 2 * 12 * count + drawn * 12 * answer  # two states of training, at most
+    there = next(path for path in (run.out, *run.out.absolute().parents) if path.exists())
+    free = shutil.disk_usage(there).free
+    if disk > free:
+        raise InputError(f"{run.out}: the run needs about {disk / 1e9:.1f} GB of disk, and there are "
+                         f"{free / 1e9:.1f} GB")
+    cache = 2 * s.rows * min(c.context, prompt + s.max_new_tokens) * c.layers * c.kv_heads * c.head_size
+    need = {"sampling": (count + cache) * size, "scoring": count * size, "training": 16 * count}
+    have = torch.cuda.mem_get_info(s.device)[0] if s.device.startswith("cuda") else free_memory()
+    return "\n".join((
+        f"plan for {run.out}; nothing was written",
+        f"data     {len(run.prompts)} prompts of {prompt:.0f} tokens, {len(run.offline)} offline pairs and "
+        f"{len(run.held_out)} held out",
+        f"policy   {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}",
+        f"stages   SFT of {s.sft_steps} steps, DPO of {dpo_steps}, {s.rounds} rounds of "
+        f"{drawn // max(1, s.rounds)} samples and {s.steps} steps of {s.batch} pairs",
+        f"time     about {sum(hours):.2g} hours, if answers have {answer:.0f} tokens: sampling {hours[0]:.2g}, "
+        f"scoring {hours[1]:.2g}, training {hours[2]:.2g}",
+        f"disk     {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free: {stages} checkpoints, the state of the "
+        "training, the samples",
+        f"memory   {', '.join(f'{what} {n / 1e9:.2f} GB' for what, n in need.items())}, and what passes "
+        f"through; {have / 1e9:.1f} GB are free" + ("" if max(need.values()) < have else ": TOO LITTLE")))

@@ -61,7 +61,9 @@ def differences(one, two):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments; the run itself has its own")
     options, argv = parser.parse_known_args()
@@ -83,7 +85,9 @@ def main():
             process.wait()
             kills += 1
             here = scratch / "killed" / "run"
-            print(f"kill {kills}: {', '.join(p.name for p in sorted(here.glob('partial/*'))) or 'between stages'}")
+            print(
+                f"kill {kills}: {', '.join(p.name for p in sorted(here.glob('partial/*'))) or 'between stages'}"
+            )
     finish(scratch / "killed", argv)
     different = differences(scratch / "alone" / "run", scratch / "killed" / "run")
     print(f"{kills} kills; files that differ: {', '.join(different) or 'none'}")

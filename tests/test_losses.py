@@ -49,7 +49,9 @@ DEFAULTS = {
 
 
 def loss_of(name, terms, **changes):
-    return dice.LOSSES[name](**{key: {**terms, **DEFAULTS, **changes}[key] for key in dice.loss_inputs(name)})
+    return dice.LOSSES[name](
+        **{key: {**terms, **DEFAULTS, **changes}[key] for key in dice.loss_inputs(name)}
+    )
 
 
 @pytest.mark.parametrize(
@@ -194,7 +196,11 @@ def test_shifts_that_should_not_count_do_not(pair, beta, shift):
             torch.testing.assert_close(
                 loss_of(name, other, beta=beta), loss_of(name, terms, beta=beta), rtol=1e-6, atol=1e-9
             )
-    per_token = {**terms, "p_w": terms["p_w"] + shift * terms["n_w"], "p_l": terms["p_l"] + shift * terms["n_l"]}
+    per_token = {
+        **terms,
+        "p_w": terms["p_w"] + shift * terms["n_w"],
+        "p_l": terms["p_l"] + shift * terms["n_l"],
+    }
     for name in ("ipo", "simpo"):
         torch.testing.assert_close(
             loss_of(name, per_token, beta=beta), loss_of(name, terms, beta=beta), rtol=1e-6, atol=1e-6
@@ -391,7 +397,9 @@ def test_scores_and_steps_are_read_and_pairs_come_back_as_they_went_out(tmp_path
     run.open()
     one, other = run.offline
     tokenizer = run.tokenizer
-    assert one.prompt.ids == tokenizer.prompt("2 + 2 + 2?") + tokenizer.encode("First 2 + 2 = 4.", start=False)
+    assert one.prompt.ids == tokenizer.prompt("2 + 2 + 2?") + tokenizer.encode(
+        "First 2 + 2 = 4.", start=False
+    )
     assert one.chosen.tokens == tokenizer.encode(" Then 4 + 2 = 6.", start=False)  # no end token
     assert other.chosen.tokens[-1] == tokenizer.end and other.prompt.steps is None
     assert (one.chosen.shaped, one.rejected.shaped) == (1, 0.5)
@@ -413,7 +421,10 @@ def test_scores_and_steps_are_read_and_pairs_come_back_as_they_went_out(tmp_path
         ({"score_chosen": 1.0, "score_rejected": 1.0}, "line 2: --loss odpo needs"),
         ({"score_chosen": 1.0, "score_rejected": 2.0}, "line 2: --loss odpo needs"),
         ({"score_chosen": "good", "score_rejected": 2.0}, "line 2: "),
-        ({"initial_reason_steps": 5, "score_chosen": 2, "score_rejected": 1}, 'line 2: "initial_reason_steps"'),
+        (
+            {"initial_reason_steps": 5, "score_chosen": 2, "score_rejected": 1},
+            'line 2: "initial_reason_steps"',
+        ),
     ],
 )
 def test_what_odpo_and_step_dpo_cannot_use_is_refused_by_line(changes, told, checkpoint, tmp_path, capsys):
@@ -421,16 +432,17 @@ def test_what_odpo_and_step_dpo_cannot_use_is_refused_by_line(changes, told, che
     path = tmp_path / "pairs.jsonl"
     good = {**row, "score_chosen": 2, "score_rejected": 1}
     path.write_text(json.dumps(good) + "\n" + json.dumps({**row, **changes}) + "\n")
-    assert told in refused(
-        capsys, tmp_path, "--model", checkpoint, "--preferences", path, "--loss", "odpo"
-    )
+    assert told in refused(capsys, tmp_path, "--model", checkpoint, "--preferences", path, "--loss", "odpo")
 
 
 @pytest.mark.parametrize(
     "argv, told",
     [
         (["--loss", "kto"], "--loss kto: choose one of dpo, cdpo"),
-        (["--label-smoothing", "0.2"], "--label-smoothing 0.2: --loss dpo does not read it; it belongs to --loss cdpo"),
+        (
+            ["--label-smoothing", "0.2"],
+            "--label-smoothing 0.2: --loss dpo does not read it; it belongs to --loss cdpo",
+        ),
         (["--loss", "tdpo1", "--kl-weight", "1"], "--kl-weight 1.0: --loss tdpo1 does not read it"),
         (["--alpha", "x"], "--alpha x"),
         (["--labeller", "nobody"], "nobody: not a model directory"),
@@ -467,7 +479,9 @@ def write_reward_model(directory, labels=1, seed=0, **changes):
     from safetensors.torch import load_file, save_file
 
     weights = load_file(directory / "model.safetensors")
-    weights["score.weight"] = torch.randn(labels, config.width, generator=torch.Generator().manual_seed(seed))
+    weights["score.weight"] = torch.randn(
+        labels, config.width, generator=torch.Generator().manual_seed(seed)
+    )
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     return directory
 
@@ -498,7 +512,9 @@ def test_the_reward_equals_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     for pad in (None, "end"):
         directory = write_reward_model(tmp_path / f"rm-{pad}", **({} if pad else {"pad_token_id": None}))
-        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(directory, num_labels=1).eval()
+        theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+            directory, num_labels=1
+        ).eval()
         labeller = dice.RewardModel(directory, dice.Settings(device="cpu", dtype="float32"))
         samples = tiny_samples()
         for x, reward in zip(samples, labeller.score(samples)):
@@ -546,7 +562,23 @@ def test_siblings_run_from_beginning_to_end(argv, small_world, tmp_path):
     if "RM" in argv:
         argv = [str(write_reward_model(tmp_path / "rm")) if word == "RM" else word for word in argv]
     out = tmp_path / "out"
-    assert dice.main([*small_world, "--sft-steps", "40", *argv, "--rounds", "2", "--min-valid", "0", "--out", str(out)]) == 0
+    assert (
+        dice.main(
+            [
+                *small_world,
+                "--sft-steps",
+                "40",
+                *argv,
+                "--rounds",
+                "2",
+                "--min-valid",
+                "0",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     assert (out / "round-2" / "policy" / "model.safetensors").exists()
     assert "round-2" in (out / "report.md").read_text()
 

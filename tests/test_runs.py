@@ -72,7 +72,9 @@ def test_killed_at_any_moment_it_ends_as_if_left_alone(alone, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["sampling", "training"])
-def test_ctrl_c_and_sigterm_stop_at_a_safe_point(number, moment, alone, small, tmp_path, monkeypatch, capsys):
+def test_ctrl_c_and_sigterm_stop_at_a_safe_point(
+    number, moment, alone, small, tmp_path, monkeypatch, capsys
+):
     log, whole = dice.Run.log, dice.Run.in_chunks
 
     def stop_in_training(self, row):
@@ -138,7 +140,9 @@ def test_other_settings_data_or_processes_are_refused(small, checkpoint, tmp_pat
 
 
 @pytest.mark.parametrize("what", ["append", "rename", "tensors"])
-def test_a_full_disk_ends_the_run_and_what_is_done_is_kept(what, alone, small, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_ends_the_run_and_what_is_done_is_kept(
+    what, alone, small, tmp_path, monkeypatch, capsys
+):
     """The disk is full at the 30th line, the 12th file, the 5th file of tensors: somewhere in the middle."""
     full, calls = OSError(errno.ENOSPC, "No space left on device"), []
     where, name, last = {"append": (runs, "append", 70), "rename": (os, "replace", 12),
@@ -175,8 +179,8 @@ def test_a_dry_run_plans_and_writes_nothing(small, checkpoint, tmp_path, capsys)
 
 
 def test_a_dry_run_refuses_a_disk_too_small(small, monkeypatch, tmp_path, capsys):
-    usage = dice.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(dice.shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    usage = runs.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage._replace(free=1000))
     assert small("--dry-run") == 2 and "of disk" in capsys.readouterr().err
 
 
@@ -196,7 +200,9 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_pairs(small, tmp
     assert small("--filter", "none") == 2
     told = capsys.readouterr().err.splitlines()[-1]
     assert "dpo, step 3: loss nan" in told and "dpo-not-finite.jsonl" in told
-    rows = [json.loads(line) for line in (tmp_path / "run" / "dpo-not-finite.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "run" / "dpo-not-finite.jsonl").read_text().splitlines()
+    ]
     assert len(rows) == 2 * 4 and all(math.isfinite(r["logprob"]) and r["prompt"] for r in rows)
     tensors, about = models.read_tensors(tmp_path / "run" / "partial" / "dpo.safetensors")
     assert about["step"] == 2 and all(torch.isfinite(x).all() for x in tensors.values())
@@ -239,13 +245,17 @@ def test_a_pair_too_large_for_memory_is_named(monkeypatch):
     net = network(LLAMA)
     pairs = random_pairs(net, 4)
     allocation(3, monkeypatch)
-    with pytest.raises(InputError, match="out of memory in training with one alone, of .* tokens, on the prompt"):
+    with pytest.raises(
+        InputError, match="out of memory in training with one alone, of .* tokens, on the prompt"
+    ):
         train_dpo(Bench(batch=4), net, pairs, lr=1e-3, steps=1)
     with pytest.raises(InputError, match="out of memory in scoring"):
         dice.score(net, [pairs[0].chosen], dice.Budget(100, "scoring"))
 
 
-def test_out_of_memory_in_sampling_takes_fewer_rows_and_gives_the_same(alone, small, tmp_path, monkeypatch, capsys):
+def test_out_of_memory_in_sampling_takes_fewer_rows_and_gives_the_same(
+    alone, small, tmp_path, monkeypatch, capsys
+):
     real = dice.generate
 
     def cramped(*args, rows, **options):
@@ -256,7 +266,9 @@ def test_out_of_memory_in_sampling_takes_fewer_rows_and_gives_the_same(alone, sm
     monkeypatch.setattr(dice, "generate", cramped)
     assert small() == 0
     assert "from here on with 16 sequences in flight" in capsys.readouterr().err
-    assert (tmp_path / "run/round-1/samples.jsonl").read_bytes() == (alone / "round-1/samples.jsonl").read_bytes()
+    assert (tmp_path / "run/round-1/samples.jsonl").read_bytes() == (
+        alone / "round-1/samples.jsonl"
+    ).read_bytes()
 
 
 def test_other_runtime_errors_keep_their_traceback(monkeypatch):
@@ -279,7 +291,7 @@ def test_warnings_come_when_they_should_and_only_then():
     for change, told in (
         ({"offline_agreement": 0.5}, "agrees with 50%"),
         ({"answer_chars": 160}, "from 100 to 160 characters"),
-        ({"truncated": 0.3}, "30% of the answers reach"),
+        ({"truncated": 0.3}, "30% of the answers are cut"),
     ):
         [warning] = report.warnings({**good, **change}, good)
         assert told in warning
@@ -289,7 +301,9 @@ def test_warnings_come_when_they_should_and_only_then():
 def test_a_round_reports_what_shows_a_collapse(alone):
     [row] = [row for row in runs.whole_rows(alone / "metrics.jsonl") if "alpha" in row]
     samples = runs.whole_rows(alone / "round-1" / "samples.jsonl")
-    assert row["kl"] == pytest.approx(np.mean([x["policy_logprob"] - x["reference_logprob"] for x in samples]))
+    assert row["kl"] == pytest.approx(
+        np.mean([x["policy_logprob"] - x["reference_logprob"] for x in samples])
+    )
     different = {(x["prompt"], x["text"]) for x in samples}
     assert row["identical"] == pytest.approx(1 - len(different) / len(samples))
     assert 0 <= row["offline_agreement"] <= 1
