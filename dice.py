@@ -165,7 +165,6 @@ class Settings:
         except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not there
             raise InputError(f"--device {self.device}: {str(error).splitlines()[0]}")
 
-
     def settle_loss(self):
         """InputError if there is no such loss, or if a setting was given that it does not read."""
         if self.loss not in LOSSES:
@@ -648,27 +647,35 @@ def batches(sizes, tokens):
 
 
 @torch.no_grad()
-def score(model, samples, budget, update=lambda count: None):
-    """Sequence log-probs of any number of samples, as floats. update: is told how many more are done."""
-    result, sizes = [0.0] * len(samples), [x.padded for x in samples]
-    todo = deque(batches(sizes, budget.tokens))
+def in_passes(samples, sizes, work, budget, update=lambda count: None):
+    """work(indices of samples) -> a float for each, for all of them, in groups of similar size that the budget
+    and memory allow. update: is told how many more are done."""
+    result, todo = [math.nan] * len(samples), deque(batches(sizes, budget.tokens))
     while todo:
         safe_point()
-        group, logprobs = todo.popleft(), None
+        group, values = todo.popleft(), None
         try:
-            logprobs = sequence_logprobs(model, *prompts_and_answers([samples[i] for i in group])).tolist()
+            values = work(group)
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-        if logprobs is None:  # only here, outside the except, has the failed pass let go of its memory
-            budget.shrink([samples[i] for i in group])
+        if values is None:  # only here, outside the except, has the failed pass let go of its memory
+            budget.shrink([samples[i] for i in group], sizes[group[0]])
             left = [i for g in (group, *todo) for i in g]
             todo = deque([left[j] for j in g] for g in batches([sizes[i] for i in left], budget.tokens))
             continue
-        for i, logprob in zip(group, logprobs):
-            result[i] = logprob
+        for i, value in zip(group, values):
+            result[i] = value
         update(len(group))
     return result
+
+
+def score(model, samples, budget, update=lambda count: None):
+    """Sequence log-probs of any number of samples, as floats."""
+    def work(group):
+        return sequence_logprobs(model, *prompts_and_answers([samples[i] for i in group])).tolist()
+
+    return in_passes(samples, [x.padded for x in samples], work, budget, update)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -967,7 +974,7 @@ def mean_gradient(model, losses_of, items, settings, budget):
             totals.update(dict(zip(stats, sums)))
         else:
             return {name: total / len(items) for name, total in totals.items()}
-        budget.shrink(group)
+        budget.shrink(group, group[0].padded)
         model.zero_grad(set_to_none=True)
 
 
@@ -1000,7 +1007,8 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
         row["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), s.clip))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             optimizer.zero_grad(set_to_none=True)
-            run.save_training(stage, model, optimizer, step, history)
+            if step > first:
+                run.save_training(stage, model, optimizer, step, history)
             raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}. "
                              "The step was not taken, and the model before it is kept. Its prompts, answers "
                              f"and log-probs are in {run.save_culprits(stage, model, chosen)}; look there, or "
@@ -1049,10 +1057,10 @@ class Run(RunDirectory):
             models.check_weights(directory, config)
         self.labeller = None
         if settings.labeller not in ("implicit", "gold"):
-            self.labeller = RewardModel(models.resolve(settings.labeller), settings)
+            self.labeller = RewardModel(models.resolve(settings.labeller))
         self.score_budget = Budget(settings.score_tokens, "scoring")
         self.train_budget = Budget(settings.train_tokens, "training")
-        self.rows = settings.rows
+        self.rows, self.chunk_answers = settings.rows, settings.chunk * settings.samples
         self.read_data()
 
     def open(self):
@@ -1175,8 +1183,8 @@ class Run(RunDirectory):
 
     def score(self, what, directory, samples):
         """Log-probs of samples under the model in a directory."""
-        load, size = cache(partial(self.load, directory)), self.settings.chunk * self.settings.samples
-        return self.in_chunks(what, samples, size,
+        load = cache(partial(self.load, directory))
+        return self.in_chunks(what, samples, self.chunk_answers,
                               lambda chunk, update: score(load(), chunk, self.score_budget, update))
 
     def score_pairs(self, what, directory, pairs):
@@ -1282,7 +1290,7 @@ def dice_round(run, number, policy, reference):
         return run.out / stage / "policy"
     samples = run.sample(f"{stage} samples", partial(run.load, policy), run.prompts, s.samples, number)
     score_answers(run, f"{stage} samples", samples, policy, reference)
-    reward_answers(run, samples)
+    reward_answers(run, f"{stage} samples", samples)
     alpha, pairs = shape_and_pair(samples, s, np.random.default_rng([s.seed, number, 1]))
     mixture = ReplayBuffer(run.offline).mix(pairs, s.gamma, np.random.default_rng([s.seed, number]))
     run.score_pairs(f"{stage} replayed", policy, [p for p in mixture if p.source == "replayed"])
@@ -1303,18 +1311,22 @@ def score_answers(run, what, samples, policy, reference):
 
 def agreement(run, stage, policy, reference):
     """Share of the held-out offline pairs that the labeller orders as their data does; None without any."""
-    samples = [x for p in run.held_out for x in (p.chosen, p.rejected)]
+    if not run.held_out:
+        return None
+    what, samples = f"{stage} held-out pairs", [x for p in run.held_out for x in (p.chosen, p.rejected)]
     if run.settings.labeller == "implicit":
-        score_answers(run, f"{stage} held-out pairs", samples, policy, reference)
-    reward_answers(run, samples)
-    right = [p.chosen.reward > p.rejected.reward for p in run.held_out]
-    return sum(right) / len(right) if right else None
+        score_answers(run, what, samples, policy, reference)
+    reward_answers(run, what, samples)
+    return sum(p.chosen.reward > p.rejected.reward for p in run.held_out) / len(run.held_out)
 
 
-def reward_answers(run, samples):
-    """Give samples the labeller's rewards; for its own, DICE's, they must have their log-probs."""
+def reward_answers(run, what, samples):
+    """Give samples the labeller's rewards; for the implicit one, DICE's, they must have their log-probs."""
     if run.labeller:
-        for x, reward in zip(samples, run.labeller.score(samples)):
+        load = cache(partial(run.load, run.labeller.directory))
+        rewards = run.in_chunks(f"{what} rewards", samples, run.chunk_answers,
+                                lambda chunk, update: run.labeller.score(load(), chunk, run.score_budget, update))
+        for x, reward in zip(samples, rewards):
             x.reward = reward
         return
     for x in samples:
@@ -1331,8 +1343,8 @@ class RewardModel:
     """A Hugging Face sequence-classification model with one output, iLR-DPO's labeller: a Llama body whose
     head reads the hidden state of a conversation's last token."""
 
-    def __init__(self, directory, settings):
-        self.settings, self.directory = settings, directory
+    def __init__(self, directory):
+        self.directory = directory
         self.config, self.tokenizer = models.read_config(directory), models.read_tokenizer(directory)
         if self.config.labels != 1:
             raise InputError(f"--labeller {directory}: not a reward model; its config.json must name an "
@@ -1341,25 +1353,27 @@ class RewardModel:
             raise InputError(f"--labeller {directory}: has fewer embeddings than its tokenizer has ids")
         models.check_weights(directory, self.config)
 
-    @torch.no_grad()
-    def score(self, samples):
-        """The reward of each sample; nan, so that it is not used, where the text is too long for this."""
-        net = load_model(self.directory, self.settings.device, getattr(torch, self.settings.dtype))
+    def score(self, net, samples, budget, update=lambda count: None):
+        """The reward of each sample by net, what load_model(self.directory, ...) gives; nan, so that it is not
+        used, where the text is too long for it."""
         texts = [self.tokenizer.prompt(x.prompt.content, (x.prompt.steps or "") + x.text) for x in samples]
         fits = [i for i, ids in enumerate(texts) if len(ids) <= self.config.context]
-        scores = [math.nan] * len(texts)
         if len(fits) < len(texts):
             say(f"{len(texts) - len(fits)} of {len(texts)} answers are longer than the labeller's context of "
                 f"{self.config.context} tokens and are not used")
-        for group in batches([len(texts[i]) for i in fits], self.settings.score_tokens):
-            safe_point()
+
+        def work(group):
             rows = [texts[fits[i]] for i in group]
             # As transformers: the last token unlike the padding, even where the end token serves as such.
             last = [max((t for t, token in enumerate(ids) if token != self.config.pad), default=0)
                     for ids in rows]
             hidden = net(pad(rows, net.device)[0])[torch.arange(len(rows)), last]  # (B, C)
-            for i, reward in zip(group, net.logits(hidden)[:, 0].tolist()):
-                scores[fits[i]] = reward
+            return net.logits(hidden)[:, 0].tolist()
+
+        scores = [math.nan] * len(texts)
+        sizes = [len(texts[i]) for i in fits]
+        for i, reward in zip(fits, in_passes([samples[i] for i in fits], sizes, work, budget, update)):
+            scores[i] = reward
         return scores
 
 
@@ -1375,7 +1389,7 @@ def fdpo(run, number, policy, reference, pairs, model, epoch, kept):
     new = own + [pairs[i].chosen for i in kept if math.isnan(pairs[i].chosen.reward)]
     if run.settings.labeller == "implicit":
         score_answers(run, what, new, policy, reference)
-    reward_answers(run, new)
+    reward_answers(run, what, new)
     said = {x.prompt.key: x.reward for x in own}
     left = [i for i in kept if fdpo_keeps(said[pairs[i].prompt.key], pairs[i].chosen.reward)]
     say(f"fDPO, epoch {epoch + 1}: {len(left)} of {len(kept)} pairs are kept")
@@ -1449,16 +1463,15 @@ def record_round(run, stage, alpha, samples, pairs, agrees):
     if run.is_tiny and not run.settings.prompts:  # for the report alone: how many pairs are right
         gold = [[tiny.judge(p.prompt.content, x.text) for x in (p.chosen, p.rejected)] for p in new]
         row["pairs_right"] = sum(chosen > rejected for chosen, rejected in gold) / max(1, len(new))
-    row = {key: None if value != value else value for key, value in row.items()}  # NaN is not JSON
     run.log(row)
     unit = {"chars": "character", "tokens": "token"}[run.settings.length]
     say(f"{stage}: alpha {alpha:.4g} nats per {unit}; {len(new)} generated pairs, chosen "
         f"{row['pair_length_gap']:+.1f} characters longer; {len(pairs) - len(new)} replayed pairs")
-    kl, agreed = ("not known" if value is None else text.format(value) for value, text in (
-        (row["kl"], "{:.2f} nats"), (agrees, "{:.0%}")))
+    kl = "not known" if math.isnan(row["kl"]) else f"{row['kl']:.2f} nats"
+    agreed = "not known" if agrees is None else f"{agrees:.0%}"
     say(f"{stage}: KL to the reference {kl}; answers of {row['answer_chars']:.0f} characters, "
-        f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; reward agrees with {agreed} "
-        "of the held-out offline pairs")
+        f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; agreement with the held-out "
+        f"offline pairs {agreed}")
     for warning in report.warnings(row, next(old for old in run.metrics if "alpha" in old)):
         say(f"{stage}: WARNING: {warning}")
 

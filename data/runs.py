@@ -64,15 +64,20 @@ def write(path, text):
     models.write_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
+def line(row):
+    """A dict as a line of JSON. What is not known, NaN here, is null there."""
+    return json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n"
+
+
 def write_rows(path, rows):
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))
+    write(path, "".join(map(line, rows)))
 
 
-def append(path, value):
-    """A line to a file of JSON lines."""
+def append(path, row):
+    """A row at the end of a file of JSON lines."""
     path.parent.mkdir(exist_ok=True)
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(value) + "\n")
+        file.write(line(row))
 
 
 def whole_rows(path):
@@ -165,14 +170,14 @@ class RunDirectory:
         out again. update: is told how many more answers are done; an item has `answers`.
         """
         path, results = self.partial(what, "jsonl"), []
-        done = whole_rows(path)
+        done = [row["values"] for row in whole_rows(path)]
         with tqdm(total=len(items) * answers, desc=what, unit="answer") as bar:
             for i, start in enumerate(range(0, len(items), size)):
                 if i == len(done):
                     safe_point()
                     started = time.perf_counter()
                     done.append(work(items[start:start + size], bar.update))
-                    append(path, done[i])
+                    append(path, {"values": done[i]})
                     models.flush(path)
                     self.log_speed(what, time.perf_counter() - started, answers=len(done[i]))
                 results += done[i]
@@ -187,14 +192,14 @@ class Budget:
     def __init__(self, tokens, what):
         self.tokens, self.what = tokens, what
 
-    def shrink(self, group):
-        """Memory has run out on this group of dice.Sample or dice.Pair, the largest first. InputError if it
-        is one alone."""
+    def shrink(self, group, size):
+        """Memory has run out on this group of dice.Sample or dice.Pair, of `size` padded tokens each.
+        InputError if it is one alone."""
         if len(group) == 1:
             raise InputError(f"out of memory in {self.what} with one alone, of {len(group[0])} tokens, on "
                              f"the prompt {str(group[0].prompt.content)[:60]!r}; leave such long ones out "
                              "(--max-tokens, --max-new-tokens), or take a larger machine")
-        self.tokens = group[0].padded * len(group) // 2
+        self.tokens = size * len(group) // 2
         say(f"out of memory in {self.what}: from here on {self.tokens} tokens in a pass, to the same result")
 
 

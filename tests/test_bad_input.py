@@ -1,5 +1,6 @@
 """Bad input: whatever the bytes, a loader returns or raises InputError; and what odd texts and rewards do."""
 
+import ast
 import copy
 import json
 import math
@@ -371,3 +372,419 @@ def test_any_rank_file_is_read_or_refused(tmp_path_factory, content):
     tokenizer = loaded(lambda: models.read_tokenizer(directory), str(directory))
     if tokenizer:
         encode_and_decode(tokenizer)
+
+
+CONTROL = [*"ab <|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<tool>",
+           "</s>", "<s>", "<unk>", "<0x41>", "system", "user", "assistant", "\n"]  # fmt: skip
+
+
+def test_no_text_of_a_prompt_becomes_a_control_token(tmp_path):
+    readers = [models.read_tokenizer(byte_level(tmp_path / "a", ignore_merges=True), chat) for chat in models.CHATS]
+    readers += [models.read_tokenizer(sentence_piece(tmp_path / "b"), chat) for chat in ("plain", "zephyr")]
+
+    @fuzz(80)
+    @given(st.lists(st.sampled_from(CONTROL), max_size=12).map("".join), st.sampled_from(["system", "user"]))
+    def check(text, role):
+        for tokenizer in readers:
+            control = {*tokenizer.control.values()}
+            blank, spoken = (
+                tokenizer.prompt([{"role": role, "content": content}, {"role": "user", "content": content}])
+                for content in ("x", text)
+            )
+            assert [i for i in blank if i in control] == [i for i in spoken if i in control]
+            assert tokenizer.decode(tokenizer.encode(text, start=False)) == text
+
+    check()
+
+
+PATTERNS = ["(a+)+b", "((?=a){99}){99}", "(?:(?:a{1000}){1000}){1000}", "(a|a)*b", "(?#[)(a+)+(?#])b", "a{1000000}",
+            "(?=a)", "x*", "", "a*a*a*a*a*a*a*a*a*b", r"(?:(a+)\1?)?c"]  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_patterns_that_could_take_forever_are_refused_or_told(pattern, tmp_path):
+    steps = [SPLIT | {"pattern": {"Regex": pattern}}, BYTES | {"use_regex": False}]
+    byte_level(tmp_path, pre_tokenizer={"type": "Sequence", "pretokenizers": steps})
+    tokenizer = loaded(lambda: models.read_tokenizer(tmp_path), str(tmp_path / "tokenizer.json"))
+    if tokenizer:
+        ids = loaded(lambda: tokenizer.encode("a" * 300 + "!"), "pattern")
+        assert ids is None or tokenizer.decode(ids) == "a" * 300 + "!"
+
+
+# ------------------------------------------------------------------------------------- nothing is executed
+
+
+class Payload:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_a_pickle_is_refused_and_not_read(checkpoint, tmp_path, capsys):
+    weights, ran = checkpoint / "model.safetensors", tmp_path / "ran"
+    pickled = pickle.dumps(Payload(ran))
+    (tmp_path / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    for name in ("pytorch_model.bin", "model.safetensors"):
+        weights.unlink(missing_ok=True)
+        (checkpoint / name).write_bytes(pickled)
+        line = refused(capsys, tmp_path, "--model", checkpoint, "--preferences", tmp_path / "pairs.jsonl")
+        assert "pytorch_model.bin is a pickle" in line or "model.safetensors" in line
+    assert not ran.exists()
+    pickle.loads(pickled)
+    assert ran.exists()  # it would have run
+
+
+def test_no_source_file_can_unpickle_or_execute_what_it_reads():
+    assert len(SOURCES) >= 5
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.Import, ast.ImportFrom)):
+                names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+                banned = {"pickle", "marshal", "shelve", "dill", "joblib", "jinja2", "yaml", "importlib"}
+                assert not banned & {name.split(".")[0] for name in names}, path
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("torch.load", "np.load", "eval", "exec", "__import__"), (path, called)
+                assert "pickle" not in called and "from_pretrained" not in called, (path, called)
+
+
+def test_no_code_and_no_template_of_a_model_directory_is_executed(checkpoint, tmp_path):
+    ran = tmp_path / "ran"
+    code = f"import pathlib; pathlib.Path({str(ran)!r}).touch()"
+    jinja = "{{ cycler.__init__.__globals__.os.system('touch %s') }}" % ran + CHATML_TEMPLATE
+    config = json.loads((checkpoint / "config.json").read_text())
+    config |= {"auto_map": {"AutoConfig": "modeling_x.C", "AutoModelForCausalLM": "modeling_x.M"}}
+    (checkpoint / "config.json").write_text(json.dumps(config))
+    for name in ("modeling_x.py", "__init__.py", "conftest.py", "tokenization_x.py"):
+        (checkpoint / name).write_text(code)
+    byte_level(checkpoint, settings={"chat_template": jinja, "auto_map": {"AutoTokenizer": "tokenization_x.T"}})
+    for _ in range(2):  # the template in tokenizer_config.json, then in a file of its own
+        tokenizer = models.read_tokenizer(checkpoint)
+        assert tokenizer.chat == "chatml" and tokenizer.decode(tokenizer.prompt("{{ 7 * 7 }}")).count("49") == 0
+        (checkpoint / "chat_template.jinja").write_text(jinja)
+    dice.load_model(checkpoint, "cpu")
+    assert not ran.exists()
+
+
+# ------------------------------------------------------------------------------------- reward models
+
+
+def test_any_config_of_a_reward_model_is_read_or_refused(tmp_path):
+    directory = write_reward_model(tmp_path / "rm")
+    path = directory / "config.json"
+    tree = json.loads(path.read_text())
+    heads = {key: tree[key] for key in ("architectures", "id2label", "pad_token_id")}
+    prompt = dice.Prompt("Hello", [])
+    samples = [dice.Sample(prompt, [], text) for text in ("", "Good day.", "\ud800" * 50)]
+
+    @fuzz(100)
+    @given((mutated(heads).map(lambda head: {**tree, **head}) | mutated(tree)).map(dumped))
+    def check(content):
+        path.write_bytes(content)
+        labeller = loaded(lambda: dice.RewardModel(directory), str(directory))
+        if labeller:
+            rewards = labeller.score(dice.load_model(directory, "cpu"), samples, dice.Budget(999, "scoring"))
+            assert all(isinstance(reward, float) for reward in rewards)
+
+    check()
+
+
+# ------------------------------------------------------------------------------------- JSON lines
+
+TURNS = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+ROWS = [
+    {"prompt": "Hello", "chosen": "Good day.", "rejected": "Go.", "score_chosen": 2.5, "score_rejected": 1},
+    {"instruction": "Hi", "output": ["Yes", "No"], "dataset": "x"},
+    {"prompt": TURNS, "chosen": [{"role": "assistant", "content": "a"}], "rejected": "b"},
+    {"chosen": [*TURNS, {"role": "assistant", "content": "a"}],
+     "rejected": [*TURNS, {"role": "assistant", "content": "b"}]},
+    {"prompt": "2 + 2?", "initial_reason_steps": "First", "chosen": " 4", "rejected": " 5"},
+]  # fmt: skip
+
+
+def lines(rows, end=b"\n"):
+    return end.join(map(dumped, rows)) + end
+
+
+def test_any_json_lines_are_read_or_refused(tmp_path):
+    path, tokenizer = tmp_path / "rows.jsonl", dice.tiny_model()[1]
+    changed = mutated(ROWS, 2).filter(bool)
+
+    @fuzz(300)
+    @given(changed.map(lines) | changed.map(dumped) | damaged(lines(ROWS)) | st.binary(max_size=40)
+           | st.builds(lambda rows, end, first: first + lines(rows, end), changed,
+                       st.sampled_from([b"\r\n", b"\r", b"\n\n", b" \n", b"\x0b\n", "\u2028".encode()]),
+                       st.sampled_from([b"", b"\xef\xbb\xbf", b"\0", b"[", b"\xff\xfe"])))  # fmt: skip
+    def check(content):
+        path.write_bytes(content)
+        prompts = loaded(lambda: jsonl.read_prompts(path), str(path))
+        pairs = loaded(lambda: jsonl.read_preferences(path), str(path))
+        prompts = [prompt for _, prompt in prompts or []]
+        assert len({json.dumps(prompt) for prompt in prompts}) == len(prompts)
+        for pair in pairs or []:
+            assert isinstance(pair.chosen, str) and isinstance(pair.rejected, str)
+            torch.tensor(pair.scores or (), dtype=torch.float32)
+            prompts.append(pair.prompt)
+        for prompt in prompts:
+            tokenizer.decode(tokenizer.prompt(prompt))
+            assert json.loads(json.dumps(prompt)) == prompt
+
+    check()
+
+
+@pytest.mark.parametrize("start, end, told", [
+    (b"", b"\r\n", None), (b"", b"\n\n  \n", None), (b"", b"\r", None),
+    (b"\xef\xbb\xbf", b"\n", "line 1: not valid JSON: Unexpected UTF-8 BOM"), (b"\xff\xfe", b"\n", "not UTF-8"),
+    (b"\0", b"\n", "line 1: not valid JSON"), (b'{"prompt": %s}\n' % (b"[" * 200 + b"]" * 200), b"\n", "too deep"),
+    (b'{"prompt": 1%s}\n' % (b"0" * 9999), b"\n", "line 1: not valid JSON"), (b"", b"", "line 1: not valid JSON")])
+def test_line_ends_marks_and_depth(start, end, told, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(start + lines(ROWS, end))
+    if told:
+        with pytest.raises(InputError, match=told):
+            jsonl.read_preferences(path)
+    else:
+        assert len(jsonl.read_preferences(path)) == len(ROWS)
+
+
+# ------------------------------------------------------------------------------------- odd texts, whole runs
+
+
+@pytest.fixture
+def world(checkpoint, tmp_path, monkeypatch, capsys):
+    """Runs the program on prompts and offline pairs, with answers that do not depend on the tiny model."""
+
+    def run(prompts, pairs, says, *argv):
+        """(exit code, what it printed, --out); says(prompt number, sample number) -> text, or (text, finish)"""
+        tokenizer = models.read_tokenizer(checkpoint)
+
+        def generate(model, ids, samples, **_):
+            for index in range(len(ids)):
+                for k in range(samples):
+                    text, finish = (says(index, k), "stop") if isinstance(says(index, k), str) else says(index, k)
+                    tokens = tokenizer.answer(text)
+                    yield index, k, tokens if finish == "stop" else tokens[:-1], finish
+
+        monkeypatch.setattr(dice, "generate", generate)
+        out = tmp_path / "out"
+        rows = [pair if isinstance(pair, dict) else dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs]
+        (tmp_path / "prompts.jsonl").write_bytes(lines([{"prompt": text} for text in prompts]))
+        (tmp_path / "pairs.jsonl").write_bytes(lines(rows))
+        code = dice.main([
+            "--model", str(checkpoint), "--prompts", str(tmp_path / "prompts.jsonl"), "--preferences",
+            str(tmp_path / "pairs.jsonl"), "--out", str(out), "--rounds", "1", "--samples", "3", "--steps", "2",
+            "--dpo-steps", "1", "--dpo-lr", "1e-3", "--batch", "4", "--held-out", "0", *argv])  # fmt: skip
+        return code, capsys.readouterr(), out
+
+    return run
+
+
+ODD = {
+    "surrogates": ("What is \ud800 and \udfff?", "A half \ud83d of a pair.", "\udc00\ud800 none"),
+    "nul": ("What is \x00?", "A \x00 byte.", "\x00\x01\x02\x7f"),
+    "right to left": ("مرحبا \u202eabc\u202c שלום", "שלום, \u202eתודה", "لا \u200f\u200e"),
+    "combining": ("e\u0301 is not \u00e9", "a\u0308\u0323" * 5, "\u0301\u0301\u0301\u0301"),
+    "emoji": ("👩‍👩‍👧‍👦?", "🏳️‍🌈 and 🇩🇪", "\U0010ffff\u0378\ufeff\ufffe"),
+    "control words": ("<|endoftext|>", "<|endoftext|></s><|im_end|>", "{{ 7 * 7 }}\n\nUser:"),
+    "line ends": ("a\r\nb\u2028c\u2029d\x85e\x0bf", "one\r\ntwo\rthree\u2028", "\n\n\n\n"),
+}  # fmt: skip
+
+
+def test_odd_text_goes_through_a_run_and_comes_out_as_it_went_in(world):
+    prompts = [prompt for prompt, _, _ in ODD.values()]
+    pairs = [(f"Offline: {prompt}", chosen, rejected) for prompt, chosen, rejected in ODD.values()]
+    texts = [texts[1:] for texts in ODD.values()]
+    code, _, out = world(prompts, pairs, lambda i, k: [*texts[i], f"Third {i}."][k])
+    assert code == 0
+    rows, mixture = (rows_of(out / "round-1" / name) for name in ("samples.jsonl", "pairs.jsonl"))
+    assert [row["prompt"] for row in rows[::3]] == prompts
+    for i, row in enumerate(rows[::3]):  # half a surrogate pair is no character: the model says U+FFFD
+        assert row["text"] == "".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in texts[i][0])
+    old = {row["prompt"]: row["chosen"] for row in mixture if row["source"] == "replayed"}
+    assert old and old == {prompt: chosen for prompt, chosen, _ in pairs if prompt in old}
+    new = [row["prompt"] for row in mixture if row["source"] == "generated"]
+    assert new and {*new} <= {*prompts}
+    assert all(text in {row["prompt"] for row in rows} for text in new)
+    json.dumps(rows).encode()  # every row is UTF-8
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_text_stays_what_it_is_in_the_tokenizer(name):
+    tokenizer = dice.tiny_model()[1]
+    for text in ODD[name]:
+        clean = "".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in text)
+        assert tokenizer.decode(tokenizer.encode(text)) == clean
+        assert tokenizer.end not in tokenizer.prompt(text) and tokenizer.answer(text)[-1] == tokenizer.end
+
+
+MB10 = 10 * 2**20
+LONG = {"one letter": "a" * MB10, "blanks": " " * MB10, "combining": "e" + "\u0301" * (MB10 // 2)}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_prompt_of_10_mb_is_refused_by_its_line(kind, checkpoint, tmp_path, capsys):
+    prompts, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
+    prompts.write_bytes(lines([{"prompt": "Hello"}, {"prompt": LONG[kind]}]))
+    pairs.write_bytes(lines(ROWS[:1]))
+    with bounded(20, 3000):
+        line = refused(capsys, tmp_path, "--model", checkpoint, "--preferences", pairs, "--prompts", prompts)
+    assert "prompts.jsonl line 2: the prompt has" in line and "context of 128" in line and len(line) < 500
+
+
+def test_an_offline_pair_of_10_mb_is_counted_and_left_out(world):
+    with bounded(30, 3000):
+        pairs = [("A", "One answer.", "Other."), ("B", "the owl " * (MB10 // 8), "Other."), ("C", "Yes.", "No.")]
+        code, told, out = world(["Hello"], pairs, lambda i, k: f"Answer {k}.")
+    assert code == 0 and "2 of 3 offline pairs are used: 1 are longer than 128 tokens" in told.err
+
+
+def test_answers_of_one_token(world, checkpoint):
+    """An answer that is the end token alone: of offline pairs it is used; sampled, it has too few characters."""
+    pairs = [("A", "", "Some words."), ("B", "Yes", ""), ("C", "y", "n")]
+    end = models.read_tokenizer(checkpoint).end
+    says = [["", " ", "Words."], ["", "y", "Longer words."], ["Good.", "Bad one.", ""]]
+    code, told, out = world(["P", "Q", "R"], pairs, lambda i, k: says[i][k], "--min-valid", "0", "--alpha", "0")
+    assert code == 0
+    rows, mixture = (rows_of(out / "round-1" / name) for name in ("samples.jsonl", "pairs.jsonl"))
+    assert rows[0]["tokens"] == [end] and rows[0]["text"] == "" and math.isfinite(rows[0]["reward"])
+    new = [row for row in mixture if row["source"] == "generated"]
+    assert [{row["prompt"], row["chosen"], row["rejected"]} for row in new] == [{"R", "Good.", "Bad one."}]
+    old = [row for row in mixture if row["source"] == "replayed"]
+    assert old and all(row["chosen"] in ("", "Yes", "y") for row in old)
+
+
+def test_every_sampled_answer_of_one_token_is_one_clear_error(world):
+    pairs = [("A", "Yes", "No"), ("B", "Yes", "No")]
+    code, told, out = world(["P", "Q"], pairs, lambda i, k: "")
+    assert code == 2 and "no prompt has 1.5 valid answers" in told.err.splitlines()[-1]
+    assert not (out / "round-1" / "policy").exists()
+
+
+def test_a_limit_of_one_token_cuts_every_answer(checkpoint, tmp_path, capsys):
+    (tmp_path / "pairs.jsonl").write_bytes(lines(ROWS[:2]))
+    argv = ["--model", checkpoint, "--reference", checkpoint, "--preferences", tmp_path / "pairs.jsonl",
+            "--samples", "2", "--max-new-tokens", "1", "--out", tmp_path / "out"]  # fmt: skip
+    assert dice.main(list(map(str, argv))) == 2
+    assert "(4 of 4 were cut by the length limit)" in capsys.readouterr().err.splitlines()[-1]
+
+
+def rewarded(monkeypatch, reward):
+    """The implicit reward becomes reward(prompt's text, answer)."""
+
+    def give(run, what, samples):
+        for x in samples:
+            x.reward = reward(x.prompt.content, x.text)
+
+    monkeypatch.setattr(dice, "reward_answers", give)
+
+
+OFFLINE = [(f"Offline {i}", "Yes, of course.", "No.") for i in range(4)]
+
+
+def test_all_equal_rewards_give_no_pair(world, monkeypatch):
+    rewarded(monkeypatch, lambda prompt, text: 1.5 if prompt == "P" else len(text))
+    code, told, out = world(["P", "Q"], OFFLINE, lambda i, k: "word " * (k + 1), "--alpha", "0")
+    assert code == 0
+    new = [row for row in rows_of(out / "round-1" / "pairs.jsonl") if row["source"] == "generated"]
+    assert [row["prompt"] for row in new] == ["Q"]
+
+
+@pytest.mark.parametrize("argv", [[], ["--alpha", "0"], ["--rejected", "random"], ["--gamma", "0"]])
+def test_all_equal_rewards_for_every_prompt_are_one_clear_error(argv, world, monkeypatch):
+    rewarded(monkeypatch, lambda prompt, text: 1.5)
+    code, told, out = world(["P", "Q"], OFFLINE, lambda i, k: f"word {k}", *argv)
+    last = told.err.splitlines()[-1]
+    assert code == 2 and last.startswith("dice.py: ") and " 0 generated" in last
+    assert not (out / "round-1" / "policy").exists()
+
+
+def test_answers_with_a_nan_reward_are_not_used(world, monkeypatch):
+    rewarded(monkeypatch, lambda prompt, text: math.nan if prompt == "P" or "word word word" in text else len(text))
+    code, told, out = world(["P", "Q"], OFFLINE, lambda i, k: "word " * (k + 1), "--alpha", "0")
+    assert code == 0
+    new = [row for row in rows_of(out / "round-1" / "pairs.jsonl") if row["source"] == "generated"]
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in new] == [("Q", "word word ", "word ")]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_nan_reward_never_gets_into_a_pair(value):
+    prompt, other = dice.Prompt("a", [5]), dice.Prompt("b", [5])
+    group = answers(prompt, ("one", value), ("two", 1.0), ("six", -1.0), ("ten", value))
+    alpha, pairs = dice.shape_and_pair(group + answers(other, ("one", value), ("two", 1.0)), settings())
+    assert math.isfinite(alpha)
+    assert [(p.chosen.text, p.rejected.text) for p in pairs] == [("two", "six")]
+    with pytest.raises(InputError, match="no prompt has"):
+        dice.shape_and_pair(answers(prompt, *[(name, value) for name in ("one", "two", "six")]), settings())
+
+
+def test_a_nan_of_the_implicit_reward_is_one_clear_error(world, monkeypatch):
+    monkeypatch.setattr(dice, "implicit_reward", lambda policy, reference: math.nan)
+    code, told, _ = world(["P\u202e\n"], OFFLINE, lambda i, k: f"word {k}")
+    last = told.err.splitlines()[-1]
+    assert code == 2 and "reward nan" in last and "P\\u202e\\n" in last.replace("\\\\", "\\")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("who", ["model", "reference"])
+def test_weights_that_are_no_numbers_are_one_clear_error(who, value, checkpoint, tmp_path, capsys):
+    directory = tmp_path / "broken"
+    shutil.copytree(checkpoint, directory)
+    weights = load_file(directory / "model.safetensors")
+    weights["model.norm.weight"][:] = value
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "pairs.jsonl").write_bytes(lines(ROWS[:2]))
+    both = {"model": checkpoint, "reference": checkpoint} | {who: directory}
+    argv = ["--model", both["model"], "--reference", both["reference"], "--preferences", tmp_path / "pairs.jsonl",
+            "--samples", "2", "--max-new-tokens", "8", "--min-valid", "0", "--out", tmp_path / "out"]  # fmt: skip
+    with bounded(20):
+        assert dice.main(list(map(str, argv))) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("dice.py: ")
+
+
+def test_a_reward_model_with_weights_that_are_no_numbers_is_one_clear_error(world, tmp_path):
+    directory = write_reward_model(tmp_path / "rm")
+    weights = load_file(directory / "model.safetensors")
+    weights["score.weight"][:] = math.nan
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    code, told, _ = world(["P"], OFFLINE, lambda i, k: f"word {k}", "--labeller", str(directory))
+    assert code == 2 and told.err.splitlines()[-1].startswith("dice.py: no prompt has")
+
+
+def test_duplicate_prompts_are_kept_once(checkpoint, tmp_path):
+    same = ["Hello", [{"role": "user", "content": "Hello"}], [{"content": "Hello", "role": "user", "name": "x"}]]
+    turns = [TURNS, [dict(reversed(turn.items())) for turn in TURNS]]
+    others = ["hello", "Hello ", "e\u0301", "\u00e9", "\ud800", "\udfff"]
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(lines([{"prompt": prompt} for prompt in [*same, *turns, *others] * 2]))
+    found = jsonl.read_prompts(path)
+    assert [prompt for _, prompt in found] == ["Hello", TURNS, *others]
+    assert found[0][0].endswith("line 1") and found[1][0].endswith("line 4")
+    (tmp_path / "pairs.jsonl").write_bytes(lines([ROWS[0], ROWS[0], ROWS[2], ROWS[1]]))
+    files = ["--prompts", str(path), "--preferences", str(tmp_path / "pairs.jsonl")]
+    given, own = (dice.Run(dice.parse_settings(["--model", str(checkpoint), *argv])[0]) for argv in (files, files[2:]))
+    assert len(given.prompts) == len(found) and len(given.offline) == 4  # a pair may be there twice
+    assert [p.content for p in own.prompts] == ["Hello", TURNS, "Hi"]
+
+
+def test_a_prompt_in_both_sets_is_not_trained_on_twice(world):
+    pairs = [(f"{name}{i}", "Yes, of course.", "No.") for name in ("Both ", "Offline ") for i in range(4)]
+    pairs += [([{"role": "user", "content": "Both 1"}], "Another one.", "Not.")]  # the same prompt, otherwise written
+    prompts = [f"Both {i}" for i in range(4)]
+    code, _, out = world(prompts, pairs, lambda i, k: f"word {k} " * (k + 1))
+    assert code == 0
+    rows = rows_of(out / "round-1" / "pairs.jsonl")
+    generated, replayed = ([row["prompt"] for row in rows if row["source"] == kind] for kind in ("generated", "replayed"))
+    assert generated and replayed and not {*generated} & {*replayed} and len({*generated}) == len(generated)
+
+
+def test_a_run_with_nothing_but_shared_prompts_is_told_so_or_trains_on_what_is_left(world):
+    pairs = [("P", "Yes, of course.", "No."), ("Q", "Yes.", "No.")]
+    code, told, out = world(["P", "Q"], pairs, lambda i, k: f"word {k} " * (k + 1))
+    assert code == 0
+    rows = rows_of(out / "round-1" / "pairs.jsonl")
+    assert sorted((row["prompt"], row["source"]) for row in rows) in (
+        [("P", "generated"), ("Q", "replayed")], [("P", "replayed"), ("Q", "generated")])  # fmt: skip

@@ -1,4 +1,4 @@
-"""Every objective and labeller of the family: worked numbers, closed forms, autograd, TRL and transformers."""
+"""Every objective and labeller of the family: worked numbers, closed forms, loops, transformers."""
 
 import inspect
 import json
@@ -496,16 +496,16 @@ def tiny_samples(count=6):
 
 def test_the_reward_is_the_head_on_the_last_token_that_is_not_padding(tmp_path):
     directory = write_reward_model(tmp_path / "rm")
-    labeller = dice.RewardModel(directory, dice.Settings(device="cpu", dtype="float32", score_tokens=200))
+    labeller, budget = dice.RewardModel(directory), dice.Budget(200, "scoring")
     samples, tokenizer = tiny_samples(), labeller.tokenizer
     net = dice.load_model(directory, "cpu")
-    for x, reward in zip(samples, labeller.score(samples)):
+    for x, reward in zip(samples, labeller.score(dice.load_model(directory, "cpu"), samples, budget)):
         ids = tokenizer.prompt(x.prompt.content) + tokenizer.encode(x.text, start=False)
         with torch.no_grad():  # the end token is this model's padding, so what stands before it is read
             assert reward == pytest.approx(float(net.head(net(torch.tensor([ids])))[0, -1, 0]), abs=1e-5)
     long = tiny_samples(1)[0]
     long.text *= 40
-    assert math.isnan(labeller.score([long])[0])
+    assert math.isnan(labeller.score(net, [long], budget)[0])
 
 
 def test_the_reward_equals_transformers(tmp_path):
@@ -515,9 +515,9 @@ def test_the_reward_equals_transformers(tmp_path):
         theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
             directory, num_labels=1
         ).eval()
-        labeller = dice.RewardModel(directory, dice.Settings(device="cpu", dtype="float32"))
+        labeller, budget = dice.RewardModel(directory), dice.Budget(10**4, "scoring")
         samples = tiny_samples()
-        for x, reward in zip(samples, labeller.score(samples)):
+        for x, reward in zip(samples, labeller.score(dice.load_model(directory, "cpu"), samples, budget)):
             ids = torch.tensor([labeller.tokenizer.prompt(x.prompt.content, x.text)])
             with torch.no_grad():
                 assert reward == pytest.approx(float(theirs(ids).logits), abs=1e-4)
