@@ -41,9 +41,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -120,8 +124,12 @@ class Settings:
     # the machine
     seed: int = knob(0, "of everything random", 0)
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
-    dtype: str = knob("auto", "of the arithmetic (weights in training are float32); auto: bfloat16 on cuda",
-                      choices=("auto", "float32", "bfloat16"))
+    dtype: str = knob("auto", "of the arithmetic (the trained weights themselves are float32); auto: bfloat16 "
+                              "on cuda", choices=("auto", "float32", "bfloat16"))
+    offload: str = knob("auto", "keep weights, gradients and moments of training in main memory; auto: where "
+                                "they would fill most of the GPU's", choices=("auto", "yes", "no"))
+    recompute: str = knob("auto", "keep no activations of a layer for the backward pass, but work them out again; "
+                                  "auto: above 1e9 parameters", choices=("auto", "yes", "no"))
     rows: int = knob(256, "sequences in flight while sampling", 1)
     chunk: int = knob(64, "prompts that are one unit of work: what an interruption loses, at most", 1)
     score_tokens: int = knob(4096, "padded tokens in one forward pass of scoring", 1)
@@ -284,13 +292,15 @@ class Transformer(nn.Module):
         self.position = nn.Embedding(config.context, config.width) if config.position == "learned" else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
         self.norm = make_norm(config)
+        self.recompute = False  # in training: activation checkpointing, layer by layer
+        self.computes_on = None  # a device, if the weights are kept elsewhere
         self.head = None
         if config.labels or not config.tied:
             self.head = nn.Linear(config.width, config.labels or config.vocab_size, bias=False)
 
     @property
     def device(self):
-        return self.embed.weight.device
+        return self.computes_on or self.embed.weight.device
 
     def forward(self, tokens, cache=None):
         """Token ids (B, T) -> hidden states after the last norm (B, T, C), which logits() takes.
@@ -313,15 +323,15 @@ class Transformer(nn.Module):
             angle = position[:, None, :, None] * rotary_frequencies(self.config, tokens.device)
             rope = angle.cos(), angle.sin()  # (1 or B, 1, T, D/2)
         for layer in self.layers:
-            x = layer(x, position, rope, cache, mask)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(layer, x, position, rope, use_reentrant=False)
+            else:
+                x = layer(x, position, rope, cache, mask)
         return self.norm(x)
 
     def head_inputs(self, hidden):
-        """What logits are the product of: hidden states (..., C) and weight (V, C), in the dtype for it."""
-        weight = self.embed.weight if self.head is None else self.head.weight
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        return hidden.to(dtype), weight.to(dtype)
+        """What logits are the product of: hidden states (..., C) and weight (V, C)."""
+        return hidden, self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, hidden):
         """(..., C) -> (..., V)"""
@@ -952,28 +962,57 @@ def training_order(items, epochs, rng, keep, history):
         yield from (kept[i] for i in rng.permutation(len(kept)))
 
 
+def shard(model, settings, device):
+    """Make a model on the CPU ready for training on this process' device, in place.
+
+    Of each weight the processes keep a float32 part each (FSDP2; with one process, all of it): steps of 5e-7
+    would be lost in the rounding of bfloat16 weights. Layer by layer they meet as a copy in the dtype of the
+    arithmetic, and go again; gradients add up in float32.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    kind = torch.device(device).type
+    offload = settings.offload == "yes"
+    if settings.offload == "auto" and kind == "cuda":
+        state = 16 * sum(p.numel() for p in model.parameters()) / runs.world()  # bytes
+        offload = state > 0.93 * torch.cuda.get_device_properties(device).total_memory
+    options = {"mesh": init_device_mesh(kind, (runs.world(),)),
+               "mp_policy": MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
+                                                 cast_forward_inputs=False)}
+    if offload and kind == "cuda":
+        options["offload_policy"] = CPUOffloadPolicy()
+    for module in (*model.layers, model):
+        fully_shard(module.float(), **options)
+    model.computes_on = torch.device(device)
+
+
 def mean_gradient(model, losses_of, items, settings, budget):
     """Gradient of the mean loss of some items, and the means of what is to be logged.
 
     Items go through the model in micro-batches of similar size, over which gradients add up: the split
-    changes the memory needed and nothing else.
+    changes the memory needed and nothing else. Processes share the items.
     """
+    world, rank = runs.world(), runs.rank()
+    mine = sorted(items, key=lambda x: -x.padded)[rank::world]
     while True:
-        totals = Counter()
-        for group in batches([x.padded for x in items], budget.tokens):
-            group = [items[i] for i in group]
+        totals, groups = Counter(), batches([x.padded for x in mine], budget.tokens)
+        passes = int(runs.over_all(float(len(groups)), "MAX"))  # every process must take part in every pass
+        for turn in range(passes):
+            counts = turn < len(groups)  # else it goes along with what counts nothing
+            group = [mine[i] for i in groups[turn]] if counts else [(mine or items)[-1]]
             try:
-                with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
-                    losses, stats = losses_of(model, group, settings)
-                (losses.sum() / len(items)).backward()
+                losses, stats = losses_of(model, group, settings)
+                (losses.sum() * counts * world / len(items)).backward()  # FSDP takes the mean over processes
             except RuntimeError as error:
-                if not out_of_memory(error):
+                if not out_of_memory(error) or world > 1:
                     raise
                 break
-            sums = torch.stack([values.detach().double().sum() for values in stats.values()]).tolist()
-            totals.update(dict(zip(stats, sums)))
+            if counts:
+                sums = torch.stack([values.detach().double().sum() for values in stats.values()]).tolist()
+                totals.update(dict(zip(stats, sums)))
         else:
-            return {name: total / len(items) for name, total in totals.items()}
+            sums = runs.over_all([totals[name] / len(items) for name in stats])
+            return dict(zip(stats, sums))
         budget.shrink(group, group[0].padded)
         model.zero_grad(set_to_none=True)
 
@@ -992,9 +1031,11 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
         pass
     steps = min(steps, math.ceil(epochs * len(items) / batch))
     for step in tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps):
-        if step > first and (runs.STOP or step % s.save_steps == 0):
+        stop = runs.over_all(float(bool(runs.STOP)), "MAX")  # all processes, or none
+        if step > first and (stop or step % s.save_steps == 0):
             run.save_training(stage, model, optimizer, step, history)
-        safe_point()
+        if stop:
+            raise runs.Interrupted
         chosen = [items[i] for i in islice(order, batch)]
         if not chosen:  # the filter has left nothing more to train on
             break
@@ -1004,7 +1045,7 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
             rate *= (1 + math.cos(math.pi * step / steps)) / 2
         optimizer.param_groups[0]["lr"] = rate
         row = mean_gradient(model, losses_of, chosen, s, run.train_budget)
-        row["grad_norm"] = float(nn.utils.clip_grad_norm_(model.parameters(), s.clip))
+        row["grad_norm"] = float(whole(nn.utils.clip_grad_norm_(model.parameters(), s.clip)))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             optimizer.zero_grad(set_to_none=True)
             if step > first:
@@ -1017,6 +1058,16 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
         optimizer.zero_grad(set_to_none=True)
         run.log({"stage": stage, "step": step + 1, **row, "lr": rate})
         run.log_speed(stage, time.perf_counter() - started, tokens=sum(map(len, chosen)))
+
+
+def whole(tensor):
+    """A tensor of which processes may hold parts, on each of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor):
+    """This process' own part of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def train_pairs(run, stage, pairs, policy, *, lr, steps, keep=None):
@@ -1037,7 +1088,7 @@ class Run(RunDirectory):
 
     def __init__(self, settings):
         super().__init__(settings.out)
-        self.settings = settings
+        self.settings, self.device = settings, runs.join_processes(settings.device)
         self.is_tiny = settings.model == "tiny"
         if self.is_tiny:
             self.base = self.out / "base"
@@ -1069,7 +1120,8 @@ class Run(RunDirectory):
         contents = {f"contents of {key}": hashlib.sha256(Path(name).read_bytes()).hexdigest()
                     for key, name in (("prompts", s.prompts), ("preferences", s.preferences)) if name}
         self.begin(asdict(s) | contents)
-        if self.is_tiny and not self.base.exists():  # its road begins with a checkpoint like any other
+        missing = self.is_tiny and not self.base.exists()  # its road begins with a checkpoint like any other
+        if runs.over_all(float(missing), "MAX"):
             self.save(new_model(self.config, s.seed), "base")
 
     def read_data(self):
@@ -1135,15 +1187,28 @@ class Run(RunDirectory):
         return pairs
 
     def load(self, directory, training=False):
-        """A model to sample from and score with, in the run's dtype; or to train, in float32 whatever the
-        dtype: steps of 5e-7 are lost in the rounding of bfloat16 weights."""
-        low = self.settings.dtype == "bfloat16" and not training
-        return load_model(directory, self.settings.device, torch.bfloat16 if low else torch.float32)
+        """A model to sample from and score with, in the run's dtype; or one to train."""
+        s, dtype = self.settings, getattr(torch, self.settings.dtype)
+        if not training:
+            return load_model(directory, self.device, dtype)
+        if dtype == torch.float32 and runs.world() == 1:
+            model = load_model(directory, self.device)
+        else:
+            model = load_model(directory, "cpu", dtype)
+            shard(model, s, self.device)
+        large = sum(p.numel() for p in model.parameters()) > 1e9
+        model.recompute = s.recompute == "yes" or (s.recompute == "auto" and large)
+        return model
 
     def save(self, model, name):
         """The checkpoint of a stage, which ends it."""
-        dtype = torch.bfloat16 if self.settings.dtype == "bfloat16" else torch.float32
-        models.write_checkpoint(self.out / name, self.config, model.state_dict(), self.tokenizer, dtype)
+        dtype, state = getattr(torch, self.settings.dtype), {}
+        for key, tensor in model.state_dict().items():
+            tensor = whole(tensor)  # all processes take part
+            if runs.rank() == 0:
+                state[key] = tensor.to("cpu", dtype)
+        if runs.rank() == 0:
+            models.write_checkpoint(self.out / name, self.config, state, self.tokenizer)
         self.end_stage()
         return self.out / name
 
@@ -1194,30 +1259,31 @@ class Run(RunDirectory):
             x.policy = logprob
 
     def save_training(self, stage, model, optimizer, step, history):
-        """partial/STAGE.safetensors: weights, AdamW's moments, the number of steps taken, fDPO's choices."""
-        self.sync()  # no row of metrics may be lost where what comes after it is kept
-        tensors = {f"weight {name}": p.detach() for name, p in model.named_parameters()}
+        """Keep what training goes on from: weights, AdamW's moments, the steps taken, fDPO's choices."""
+        tensors = {f"weight {name}": part(p) for name, p in model.named_parameters()}
         for name, p in model.named_parameters():
-            tensors |= {f"{key} {name}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
-        models.write_tensors(self.partial(stage, "safetensors"), tensors, {"step": step, "history": history})
+            tensors |= {f"{key} {name}": part(optimizer.state[p][key]) for key in ("exp_avg", "exp_avg_sq")}
+        self.save_state(stage, step, tensors, {"history": history})
 
     def resume_training(self, stage, model, optimizer, history):
-        """Put the last checkpoint of a training back, if there is one; returns the steps it has taken."""
-        path = self.partial(stage, "safetensors")
-        if not path.exists():
+        """Put back what was kept last of a training, if there is anything; returns the steps it has taken."""
+        kept = self.load_state(stage)
+        if kept is None:
             return 0
-        tensors, about = models.read_tensors(path)
+        step, tensors, about = kept
         history += about["history"]
+        for p in model.parameters():  # a step of nothing makes the optimizer's state, in the right place
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                p.copy_(tensors[f"weight {name}"])
-        moments = [{"step": torch.tensor(float(about["step"])),
-                    **{key: tensors[f"{key} {name}"] for key in ("exp_avg", "exp_avg_sq")}}
-                   for name, _ in model.named_parameters()]
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": dict(enumerate(moments)), "param_groups": groups})
-        say(f"{stage}: goes on after step {about['step']}")
-        return about["step"]
+                part(p).copy_(tensors[f"weight {name}"])
+                for key in ("exp_avg", "exp_avg_sq"):
+                    part(optimizer.state[p][key]).copy_(tensors[f"{key} {name}"])
+                optimizer.state[p]["step"].fill_(step)
+        say(f"{stage}: goes on after step {step}")
+        return step
 
     def save_culprits(self, stage, model, items):
         """What a step went wrong on, for inspection; returns the file."""
@@ -1532,7 +1598,8 @@ def main(argv=None):
         settings, dry_run = parse_settings(argv)
         run = Run(settings)
         if dry_run:
-            print(runs.plan(run, *measure(run)))
+            if runs.rank() == 0:
+                print(runs.plan(run, *measure(run)))
             return 0
         with runs.held_signals():
             run.open()
@@ -1543,7 +1610,8 @@ def main(argv=None):
                     evaluate(run, "dpo", policy, reference)
             run_rounds(run, policy, reference)
             run.end_stage()
-            print(report.write(run.out))
+            if runs.rank() == 0:
+                print(report.write(run.out))
     except InputError as error:
         print(f"dice.py: {error}", file=sys.stderr)
         return 2

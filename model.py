@@ -142,15 +142,15 @@ class Named:
     """What `--model NAME` stands for."""
     repository: str             # on the Hugging Face hub; "": made by dice.py
     shape: Config | None        # for --weights dummy, which reads no config.json
-    settings: dict              # its own defaults for dice.Settings (whose own are the paper's for Llama-3)
+    settings: dict              # its own defaults for dice.Settings, where the paper's Llama-3 stands
 
 
 LLAMA3_8B = Config(128256, 8192, 32, 4096, 32, 8, 128, 14336, rope_theta=500000.0)
 MISTRAL_7B = Config(32000, 4096, 32, 4096, 32, 8, 128, 14336)
 PAPER = dict(prompts="data/uf-10k/prompt.json", preferences="data/uf-10k/preference.json")
 # Bases: SFT on the chosen answers of the paper's 10k pairs (3 epochs), DPO on the pairs (1 epoch), DICE on
-# their prompts. Lengths and rows are for cards of 24 GB (gpt2-large and -xl: 48); the smallest models take
-# larger steps. Nobody has tuned these.
+# their prompts. Lengths and rows are for cards of 24 GB (gpt2-xl: 48); the smallest take larger steps.
+# These are usual values, not tuned here.
 BASE = dict(preferences=PAPER["preferences"], max_new_tokens=1024, max_tokens=2048, rows=64, sft_steps=900,
             dpo_lr=1e-6, lr=1e-6)
 SMALLEST = BASE | dict(sft_lr=1e-4, dpo_lr=5e-6, lr=5e-6)
@@ -212,7 +212,7 @@ def resolve(name: str) -> Path:
 
 
 # -------------------------------------------------------------------------------- downloads
-TRIES, PAUSE = 5, 1.0          # tries that bring nothing new; seconds before the next one, doubling
+TRIES, PAUSE = 5, 0.5          # tries that bring nothing new; seconds before the next one, doubling
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 
@@ -230,7 +230,7 @@ def download(url: str, path: Path, size=None, digest=None, token=""):
     What has come is kept in path.part, from where a broken transfer, or the next call, goes on. Raises
     OSError if it cannot be fetched or written, InputError if it is not of this size and digest.
     """
-    part, tries = path.with_name(path.name + ".part"), TRIES
+    part, tries, most = path.with_name(path.name + ".part"), TRIES, 0
     if digest and path.exists() and digest_of(path, digest) == digest:
         return
     with tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as bar:
@@ -246,8 +246,8 @@ def download(url: str, path: Path, size=None, digest=None, token=""):
                     part.unlink()
                 elif code and code < 500 and code not in (408, 429):
                     raise
-                got_on = part.exists() and part.stat().st_size > had
-                tries = TRIES if got_on else tries - 1
+                had, most = part.stat().st_size if part.exists() else 0, max(most, had)
+                tries = TRIES if had > most else tries - 1
                 if not tries:
                     raise OSError(f"{url}: {error}") from None
                 time.sleep(PAUSE * 2 ** (TRIES - tries))
@@ -441,7 +441,7 @@ def parse_config(raw: dict, path) -> Config:
             mlp_bias=kind == "llama" and flag("mlp_bias"), tied=flag("tie_word_embeddings"),
             eps=positive(raw, "rms_norm_eps", path, 1e-6), rope_theta=theta, rope_scaling=scaling,
             labels=reward_labels(raw, path), raw=raw,
-            pad=checked(raw, "pad_token_id", path, None, lambda v: v is None or type(v) is int, "an id or null"))
+            pad=checked(raw, "pad_token_id", path, None, lambda v: type(v) in (int, type(None)), "an id"))
     each = width * 2 * (heads * config.head_size + config.hidden)
     need(config.layers * each + config.vocab_size * width < MOST_PARAMETERS,
          f"{path}: its sizes describe a network of more than {MOST_PARAMETERS:.0e} parameters")
@@ -453,7 +453,7 @@ def reward_labels(raw, path):
     if not str(raw.get("architectures")).endswith("ForSequenceClassification']"):
         return None
     two = {"0": "LABEL_0", "1": "LABEL_1"}  # transformers' default
-    return len(checked(raw, "id2label", path, two, lambda v: isinstance(v, dict) and v, "an object, not empty"))
+    return len(checked(raw, "id2label", path, two, lambda v: isinstance(v, dict) and v, "an object of labels"))
 
 
 def rotary(raw, path):
@@ -768,7 +768,8 @@ class ByteLevelBPE:
         sections = [unicodedata.normalize("NFC", text) if self.nfc else text]
         try:
             for split in self.splits[:-1]:
-                sections = [match[0] for section in sections for match in split.finditer(section, timeout=60)]
+                sections = [match[0] for section in sections
+                            for match in split.finditer(section, timeout=60)]
             return [self.ids[rank] for section in sections for rank in self.ranks_of(section)]
         except BaseException as error:          # of this kind is a panic of tiktoken's
             if type(error).__name__ not in ("PanicException", "TimeoutError"):
@@ -1027,7 +1028,8 @@ def read_tokenizer_json(path: Path, special):
     for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         need(not model.get(key), f"{path}: model.{key} is not supported")
     vocab, added = model.get("vocab"), data.get("added_tokens") or []
-    need(isinstance(vocab, dict) and vocab and all(type(i) is int and 0 <= i < LARGEST for i in vocab.values())
+    need(isinstance(vocab, dict) and vocab
+         and all(type(i) is int and 0 <= i < LARGEST for i in vocab.values())
          and len({*vocab.values()}) == len(vocab), f"{path}: model.vocab must map tokens to distinct ids")
     need(isinstance(added, list) and all(
         isinstance(token, dict) and isinstance(token.get("content"), str) and type(token.get("id")) is int
@@ -1110,8 +1112,9 @@ def byte_level(pieces, merges, model, normalizers, splitters, path):
     for pattern in patterns:
         # A repeated group can take exponential time, to match and to compile; no tokenizer has one.
         bare = re.sub(r"\\.|\[(\\.|[^\]\\])*\]", "", pattern, flags=re.S)
-        need(not re.search(r"\)\s*[*+{]|\(\?#|\{\d*,?\d{3}", bare), f"{path}: the pre_tokenizer pattern {pattern[:80]!r} "
-             "repeats a group, or something a hundred times, which can take forever")
+        need(not re.search(r"\)\s*[*+{]|\(\?#|\{\d*,?\d{3}", bare),
+             f"{path}: the pre_tokenizer pattern {pattern[:80]!r} repeats a group, or something a hundred "
+             "times, which can take forever")
     spelled = {p: bytes(map(LETTERS.get, p)) for p in pieces if p and {*p} <= LETTERS.keys()}
     words = {i: spelled.get(piece, piece.encode("utf-8", "replace")) for piece, i in pieces.items()}
     spelled = {word: pieces[piece] for piece, word in spelled.items()}

@@ -5,6 +5,7 @@ within a stage, finished chunks of work and the training's last checkpoint are k
 done again comes out the same, because everything random is drawn from the seed and its place in the run.
 """
 import json
+import math
 import os
 import shutil
 import signal
@@ -19,10 +20,50 @@ except ImportError:  # Windows
     fcntl = None
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 import model as models
 from model import InputError
+
+# ---------------------------------------------------------------------------------------- processes
+# torchrun starts one process a GPU; each does its share of the chunks of samples and log-probs, and of every
+# training step. All of them see the same directory. The first one writes what there is one of.
+
+
+def join_processes(device):
+    """Meet the other processes of torchrun, if it started this one. Returns the device of this process."""
+    if "WORLD_SIZE" not in os.environ:
+        return device
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    return device
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    """Wait for all processes."""
+    over_all(0.0)
+
+
+def over_all(values, how="SUM"):
+    """A number, or a list of numbers, summed (or the largest, "MAX") over the processes."""
+    if world() == 1:
+        return values
+    total = torch.tensor(values, dtype=torch.float64)  # on the CPU, where gloo is
+    dist.all_reduce(total, op=getattr(dist.ReduceOp, how))
+    return total.tolist()
+
 
 # ---------------------------------------------------------------------------------------- interruption
 STOP = []  # the signal that asks the run to stop
@@ -57,11 +98,14 @@ def held_signals():
 
 # ---------------------------------------------------------------------------------------- files
 def say(text):
-    tqdm.write(text, file=sys.stderr)
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
 
 
 def write(path, text):
-    models.write_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    """A whole file or none, by the first process: all of them have the same to write."""
+    if rank() == 0:
+        models.write_file(path, lambda scratch: scratch.write_text(text, encoding="utf-8"))
 
 
 def line(row):
@@ -103,27 +147,33 @@ class RunDirectory:
         InputError if another process is at work in the directory, if it holds something else than a run, or a
         run of another identity, telling what differs.
         """
+        if rank() == 0:
+            self.claim(identity)
+            for leftover in list(self.out.rglob(".*.tmp")):  # of writes that were cut short
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            whole_rows(self.out / "timing.jsonl")
+            whole_rows(self.out / "metrics.jsonl")
+        barrier()
+        self.metrics = whole_rows(self.out / "metrics.jsonl")
+        self.logged = {(row["stage"], row.get("step")) for row in self.metrics}
+
+    def claim(self, identity):
         known = self.out / "settings.json"
         if not known.exists() and self.out.exists() and (
                 not self.out.is_dir() or {path.name for path in self.out.iterdir()} - {".lock"}):
             raise InputError(f"{self.out}: holds files already, not a run's; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock()
-        if known.exists():
-            old = models.read_json(known)
-            differ = [f"--{key.replace('_', '-')} {old.get(key)!r}, now {identity.get(key)!r}"
-                      for key in sorted(old.keys() | identity.keys()) if old.get(key) != identity.get(key)]
-            if differ:
-                raise InputError(f"{self.out}: was begun with other settings ({'; '.join(differ)}); give the "
-                                 "same ones to go on, or choose another --out")
-            say(f"{self.out}: goes on where it stopped")
-        else:
+        if not known.exists():
             write(known, json.dumps(identity, indent=1) + "\n")
-        for leftover in list(self.out.rglob(".*.tmp")):  # of writes that were cut short
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        self.metrics = whole_rows(self.out / "metrics.jsonl")
-        self.logged = {(row["stage"], row.get("step")) for row in self.metrics}
-        whole_rows(self.out / "timing.jsonl")
+            return
+        old = models.read_json(known)
+        differ = [f"--{key.replace('_', '-')} {old.get(key)!r}, now {identity.get(key)!r}"
+                  for key in sorted(old.keys() | identity.keys()) if old.get(key) != identity.get(key)]
+        if differ:
+            raise InputError(f"{self.out}: was begun with other settings ({'; '.join(differ)}); give the same "
+                             "ones to go on, or choose another --out")
+        say(f"{self.out}: goes on where it stopped")
 
     def lock(self):
         """One process in a directory at a time; the lock goes with the process, however that ends."""
@@ -146,43 +196,77 @@ class RunDirectory:
         if key not in self.logged:
             self.logged.add(key)
             self.metrics.append(row)
-            append(self.out / "metrics.jsonl", row)
-
-    def sync(self):
-        """Wait until the metrics are on the disk."""
-        models.flush(self.out / "metrics.jsonl")
+            if rank() == 0:
+                append(self.out / "metrics.jsonl", row)
 
     def log_speed(self, what, seconds, **amount):
         """A row of timing.jsonl, apart from the metrics, which are the same whenever a run is repeated."""
-        append(self.out / "timing.jsonl", {"what": what, **amount, "seconds": round(seconds, 4)})
+        if rank() == 0:
+            append(self.out / "timing.jsonl", {"what": what, **amount, "seconds": round(seconds, 4)})
 
-    def partial(self, what, end):
-        return self.out / "partial" / f"{what.replace(' ', '-')}.{end}"
+    def partial(self, name):
+        return self.out / "partial" / name.replace(" ", "-")
 
     def end_stage(self):
         """What was kept to go on within a stage is not needed after it."""
-        shutil.rmtree(self.out / "partial", ignore_errors=True)
+        barrier()
+        if rank() == 0:
+            shutil.rmtree(self.out / "partial", ignore_errors=True)
+        barrier()
 
     def in_chunks(self, what, items, size, work, answers=1):
-        """work(chunk, update) on consecutive chunks of items, each a list of JSON values; all in one list.
+        """work(chunk, update) on chunks of items, each a list of JSON values; all of them in one list.
 
         The values of a chunk are a line of a file in partial/ as soon as they are known, and are not worked
-        out again. update: is told how many more answers are done; an item has `answers`.
+        out again. Processes share the chunks. update: is told how many more answers are done; an item has
+        `answers`.
         """
-        path, results = self.partial(what, "jsonl"), []
-        done = [row["values"] for row in whole_rows(path)]
-        with tqdm(total=len(items) * answers, desc=what, unit="answer") as bar:
-            for i, start in enumerate(range(0, len(items), size)):
-                if i == len(done):
-                    safe_point()
-                    started = time.perf_counter()
-                    done.append(work(items[start:start + size], bar.update))
-                    append(path, {"values": done[i]})
-                    models.flush(path)
-                    self.log_speed(what, time.perf_counter() - started, answers=len(done[i]))
-                results += done[i]
-                bar.n = min(start + size, len(items)) * answers
-        return results
+        def known():
+            rows = [row for path in self.out.glob(f"partial/{self.partial(what).name}.*.jsonl")
+                    for row in whole_rows(path)]
+            return {row["chunk"]: row["values"] for row in rows}
+
+        done, count = known(), math.ceil(len(items) / size)
+        barrier()  # all have read before anyone writes
+        mine = [i for i in range(count) if i not in done][rank()::world()]
+        with tqdm(total=len(items) * answers, desc=what, unit="answer", disable=rank() > 0,
+                  initial=sum(map(len, done.values()))) as bar:
+            for i in mine:
+                safe_point()
+                started = time.perf_counter()
+                values = work(items[i * size:(i + 1) * size], bar.update)
+                path = self.partial(f"{what}.{rank()}.jsonl")
+                append(path, {"chunk": i, "values": values})
+                models.flush(path)
+                self.log_speed(what, time.perf_counter() - started, answers=len(values))
+        barrier()  # all have written
+        done = known()
+        return [value for i in range(count) for value in done[i]]
+
+    def save_state(self, stage, step, tensors, about):
+        """Keep the state of a training after a step, of each process its own part, and no older one."""
+        if rank() == 0:
+            models.flush(self.out / "metrics.jsonl")  # no row may be lost where what comes after it is kept
+        models.write_tensors(self.state(stage, step), tensors, about)
+        barrier()
+        for older in self.states(stage):
+            if older != step:
+                self.state(stage, older).unlink()
+
+    def load_state(self, stage):
+        """(step, tensors, about) of the last state that all processes have kept, or None."""
+        mine = self.states(stage)
+        last = min(over_all([float(max(mine, default=-1))], "MIN"))
+        if last < 0:
+            return None
+        return int(last), *models.read_tensors(self.state(stage, int(last)))
+
+    def state(self, stage, step):
+        return self.partial(f"{stage}.{step}.{rank()}-of-{world()}.safetensors")
+
+    def states(self, stage):
+        return [int(path.name.split(".")[1])
+                for path in self.out.glob(f"partial/{stage}.*.{rank()}-of-{world()}.safetensors")]
 
 
 # ---------------------------------------------------------------------------------------- memory

@@ -35,8 +35,8 @@ def prepare(directory, source):
                     scratch.rename(directory / name)
         return describe(directory)
     except (OSError, InputError) as error:
-        raise InputError(f"{error}; put {' and '.join(FILES)} of {source} into {directory} by hand, or delete "
-                         "what is there and try again")
+        raise InputError(f"{error}; try again, or put {' and '.join(FILES)} of {source} into {directory} "
+                         "by hand")
 
 
 def describe(directory):
@@ -45,8 +45,8 @@ def describe(directory):
     longest = max(len(str(prompt)) for _, prompt in prompts)
     answers = [len(text) for pair in pairs for text in (pair.chosen, pair.rejected)]
     return (f"{directory}/prompt.json: {len(prompts)} prompts, the longest of {longest} characters\n"
-            f"{directory}/preference.json: {len(pairs)} pairs, answers of {sum(answers) / len(answers):.0f} "
-            f"characters on average, the longest of {max(answers)}")
+            f"{directory}/preference.json: {len(pairs)} pairs, answers of {sum(answers) / len(answers):.0f}"
+            f" characters on average, the longest of {max(answers)}")
 
 
 def main(argv=None):

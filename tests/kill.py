@@ -27,10 +27,15 @@ sys.exit(dice.main())
 """.format(root=str(DICE.parent))
 
 
-def start(directory, argv, small=False):
+def start(directory, argv, small=False, processes=1):
     """A run in directory/run, in the background; small: of a world that takes seconds."""
     directory.mkdir(exist_ok=True)
-    program = ["-c", SMALL] if small else [str(DICE)]
+    program = [str(DICE)]
+    if small:
+        program = [str(directory / "small.py")]
+        Path(program[0]).write_text(SMALL)
+    if processes > 1:
+        program = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", *program]
     log = open(directory / "log.txt", "a")
     return subprocess.Popen(
         [sys.executable, *program, "--out", "run", "--device", "cpu", *argv],
@@ -41,8 +46,8 @@ def start(directory, argv, small=False):
     )
 
 
-def finish(directory, argv, small=False):
-    code = start(directory, argv, small).wait()
+def finish(directory, argv, small=False, processes=1):
+    code = start(directory, argv, small, processes).wait()
     assert code == 0, f"exit code {code}: " + (directory / "log.txt").read_text()[-2000:]
 
 

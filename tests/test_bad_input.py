@@ -1,6 +1,7 @@
-"""Bad input: whatever the bytes, a loader returns or raises InputError; and what odd texts and rewards do."""
+"""Whatever the bytes, a loader returns or raises InputError; and what odd texts and rewards do to a run."""
 
 import ast
+import base64
 import copy
 import json
 import math
@@ -14,10 +15,9 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, example, given
+from hypothesis import HealthCheck, given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -44,7 +44,9 @@ def bounded(seconds=20, megabytes=500):
     """What happens inside takes no longer, and needs no more memory."""
 
     def peak():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+            2**20 if sys.platform == "darwin" else 2**10
+        )
 
     start, before = time.monotonic(), peak()
     yield
@@ -58,8 +60,7 @@ def loaded(load, *names):
             return load()
         except InputError as error:
             [line] = str(error).splitlines()
-            assert any(name in line for name in names) and len(line) < 1000, line
-            assert line.isprintable() or any(not name.isprintable() for name in names), line
+            assert any(name in line for name in names) and len(line) < 1000 and line.isprintable(), line
             return None
 
 
@@ -67,18 +68,24 @@ def loaded(load, *names):
 
 DEPTHS = (3, 150, 900, 100_000)
 ODD_TEXT = ["", " ", "\x00", "a\nb", "\ud800", "\u202eabc", "../x", "e\u0301", "\U0010ffff", "x" * 5000,
-            "Sequence", "Split", "ByteLevel", "Digits", "Metaspace", "NFC", "BPE", "default", "llama3", "gpt2",
+            "Sequence",
+            "Split", "ByteLevel", "Digits", "Metaspace", "NFC", "BPE", "default", "llama3", "gpt2",
             "LlamaForSequenceClassification", "<|endoftext|>", "</s>", "a b", "▁", "F32", "I8", "F4",
             "[a-z]+", "x*", "(?=a)", "(a+)+b", "([", "(?P<n>", "a{9}{9}", "[[:x:]]"]  # fmt: skip
 LEAVES = (
     st.none() | st.booleans() | st.integers(-3, 9) | st.floats() | st.sampled_from(ODD_TEXT)
-    | st.text(max_size=4) | st.sampled_from([2**31, 2**53, 2**63, 2**64, -(2**63), 10**400, 1e300, 256, 259])
+    | st.text(max_size=4)
+    | st.sampled_from([2**31, 2**53, 2**63, 2**64, -(2**63), 10**400, 1e300, 256, 259])
     | st.sampled_from([f"{name} {depth}" for name in ("LISTS", "OBJECTS") for depth in DEPTHS])
 )  # fmt: skip
 VALUES = st.recursive(
     LEAVES,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["type", "id", "content", "pattern", "Regex", "String"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "id", "content", "pattern", "Regex", "String"]), inner, max_size=3
+        )
+    ),
     max_leaves=4,
 )
 
@@ -94,7 +101,7 @@ def dumped(tree):
 
 @st.composite
 def mutated(draw, tree, most=3):
-    """The tree with up to so many of its nodes replaced, deleted, put twice, retyped, wrapped or swapped."""
+    """The tree with up to so many of its nodes replaced, deleted, doubled, retyped or swapped."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, most))):
         node = tree
@@ -113,7 +120,9 @@ def mutated(draw, tree, most=3):
 def change(draw, node, key):
     """One mutation of the child `key` of a JSON list or object."""
     old = node[key]
-    kind = draw(st.sampled_from(["replace", "replace", "delete", "retype", "wrap", "add", "swap", "number"]))
+    kind = draw(
+        st.sampled_from(["replace", "replace", "delete", "retype", "wrap", "add", "swap", "number"])
+    )
     if kind == "delete":
         del node[key]
     elif kind == "add" and isinstance(node, list):
@@ -121,14 +130,16 @@ def change(draw, node, key):
     elif kind == "add":
         node[draw(st.sampled_from(ODD_TEXT) | st.text(max_size=3))] = draw(st.just(old) | VALUES)
     elif kind == "retype":
-        node[key] = draw(st.sampled_from([str(old)[:100], [old], {"a": old}, bool(old), str(old)[:100].encode().hex()]))
+        node[key] = draw(st.sampled_from([str(old)[:100], [old], {"a": old}, bool(old), len(str(old))]))
     elif kind == "wrap":
         node[key] = [old, old]
     elif kind == "swap":
         other = draw(st.sampled_from(list(node) if isinstance(node, dict) else list(range(len(node)))))
         node[key], node[other] = node[other], old
     elif kind == "number" and type(old) in (int, float) and abs(old) < 1e300:
-        node[key] = draw(st.sampled_from([-old, old + 1, old - 1, old * 2, float(old), -1, 0, 2**40, math.nan]))
+        node[key] = draw(
+            st.sampled_from([-old, old + 1, old - 1, old * 2, float(old), -1, 0, 2**40, math.nan])
+        )
     else:
         node[key] = draw(VALUES)
 
@@ -151,8 +162,8 @@ CONFIGS = {
     "llama": models.config_json(LLAMA) | {"head_dim": 4, "sliding_window": None, "eos_token_id": [1, 2]},
     "gpt2": models.config_json(GPT2),
     "qwen2": {"model_type": "qwen2", "vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2,
-              "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "sliding_window": 64,
-              "max_position_embeddings": 64, "use_sliding_window": False,
+              "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48,
+              "sliding_window": 64, "max_position_embeddings": 64, "use_sliding_window": False,
               "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
     "reward": {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"},
                "pad_token_id": 0} | models.config_json(LLAMA),
@@ -163,7 +174,9 @@ CONFIGS["reward"]["architectures"] = ["LlamaForSequenceClassification"]
 def use(config):
     """A Config that was read can be compared, hashed, written back and asked for its shapes."""
     assert hash(config) == hash(config) and config == config
-    assert all(type(n) is int and n > 0 for shape in models.parameter_shapes(config).values() for n in shape)
+    assert all(
+        type(n) is int and n > 0 for shape in models.parameter_shapes(config).values() for n in shape
+    )
     assert config.labels is None or type(config.labels) is int
     assert config.pad is None or type(config.pad) is int
     json.dumps(models.config_json(config), indent=2)
@@ -171,7 +184,7 @@ def use(config):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_any_config_is_read_or_refused(kind, tmp_path):
-    @fuzz(60)
+    @fuzz(40)
     @given(mutated(CONFIGS[kind]).map(dumped) | damaged(dumped(CONFIGS[kind])))
     def check(content):
         (tmp_path / "config.json").write_bytes(content)
@@ -200,10 +213,14 @@ def safetensors_files(draw, data):
         other = tree[draw(st.sampled_from(sorted(tree)))]
         entry = tree[name]
         size = len(tensors)
-        number = st.integers(-1, size + 9) | st.sampled_from([2**31, 2**32, 2**62, 2**63, 2**64 - 1, 2**64, 10**30])
+        number = st.integers(-1, size + 9) | st.sampled_from(
+            [2**31, 2**32, 2**62, 2**63, 2**64 - 1, 2**64, 10**30]
+        )
         lie = draw(st.sampled_from(["dtype", "shape", "data_offsets", "overlap", "name", "any"]))
         if lie == "dtype":
-            entry[lie] = draw(st.sampled_from(["F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "f32"]))
+            entry[lie] = draw(
+                st.sampled_from(["F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "C64", "f32"])
+            )
         elif lie == "shape":
             entry[lie] = draw(st.lists(number, max_size=4) | st.just(entry.get("shape", [])[::-1]))
         elif lie == "data_offsets":
@@ -219,7 +236,13 @@ def safetensors_files(draw, data):
     text = dumped(tree)
     if draw(st.integers(0, 4)) == 0:  # the same name twice
         text = text[:-1] + b"," + text[1:]
-    length = draw(st.none() | st.none() | st.none() | st.integers(0, 2 * len(text)) | st.sampled_from([2**40, 2**64 - 1]))
+    length = draw(
+        st.none()
+        | st.none()
+        | st.none()
+        | st.integers(0, 2 * len(text))
+        | st.sampled_from([2**40, 2**64 - 1])
+    )
     return header(text, length, tensors[: draw(st.none() | st.none() | st.integers(0, len(tensors)))])
 
 
@@ -236,7 +259,7 @@ def test_any_safetensors_file_is_read_or_refused(plain, tmp_path):
     whole = (plain / "model.safetensors").read_bytes()
     file = tmp_path / "model.safetensors"
 
-    @fuzz(250)
+    @fuzz(150)
     @given(safetensors_files(whole) | damaged(whole))
     def check(content):
         file.write_bytes(content)
@@ -268,12 +291,14 @@ def test_any_index_is_read_or_refused_and_stays_in_its_directory(tmp_path):
     save_file({"d": torch.ones(1)}, directory / "two.safetensors")
     index = {"metadata": {"total_size": 16}, "weight_map": {
         "b": "one.safetensors", "c": "one.safetensors", "d": "two.safetensors"}}  # fmt: skip
-    names = ["../outside.safetensors", str(outside), "x/../../outside.safetensors", "..\\outside.safetensors",
-             "./one.safetensors", ".", "..", "\x00", "one.safetensors\x00", "x" * 5000, "a\nb", "\ud800"]  # fmt: skip
+    names = ["../outside.safetensors", str(outside), "x/../../outside.safetensors",
+             "..\\outside.safetensors", "./one.safetensors", ".", "..", "\x00", "one.safetensors\x00",
+             "x" * 5000, "a\nb", "\ud800"]  # fmt: skip
     retold = st.dictionaries(st.sampled_from("abcd") | st.text(max_size=3),
-                             st.sampled_from([*names, "one.safetensors", "two.safetensors"]), max_size=4)  # fmt: skip
+                             st.sampled_from([*names, "one.safetensors", "two.safetensors"]),
+                             max_size=4)  # fmt: skip
 
-    @fuzz(150)
+    @fuzz(60)
     @given(mutated(index) | retold.map(lambda found: {"weight_map": found}))
     def check(tree):
         (directory / "model.safetensors.index.json").write_bytes(dumped(tree))
@@ -286,7 +311,14 @@ def test_any_index_is_read_or_refused_and_stays_in_its_directory(tmp_path):
 
 # ------------------------------------------------------------------------------------- tokenizers
 
-TEXTS = ["", "the cat", " a\n\n1234 don't", "\x00\ud800é日👍 \u202eشלום", "<|endoftext|></s><s><tool>", "a" * 60 + "b"]
+TEXTS = [
+    "",
+    "the cat",
+    " a\n\n1234 don't",
+    "\x00\ud800é日👍 \u202eشלום",
+    "<|endoftext|></s><s><tool>",
+    "a" * 60 + "b",
+]
 BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "B"}}, {"Sequence": {"id": "A"}}],
        "special_tokens": {"B": {"id": "B", "ids": [260], "tokens": ["B"]}}}  # fmt: skip
 SPLIT = {"type": "Split", "pattern": {"Regex": "[a-z]+|[0-9]"}, "behavior": "Isolated", "invert": False}
@@ -295,8 +327,8 @@ TOKENIZERS = {
     "byte level": lambda directory: byte_level(directory),
     "all of it": lambda directory: byte_level(
         directory, normalizer={"type": "NFC"}, post_processor=BOS, ignore_merges=True, extra=("cat",),
-        pre_tokenizer={"type": "Sequence", "pretokenizers": [SPLIT, {"type": "Digits", "individual_digits": True},
-                                                             BYTES]}),
+        pre_tokenizer={"type": "Sequence", "pretokenizers": [
+            SPLIT, {"type": "Digits", "individual_digits": True}, BYTES]}),
     "sentence piece": lambda directory: sentence_piece(directory),
     "tiny": lambda directory: tiny.write_tokenizer(directory) or directory,
 }  # fmt: skip
@@ -319,7 +351,9 @@ def encode_and_decode(tokenizer):
 def test_any_tokenizer_json_is_read_or_refused(kind, tmp_path):
     path = TOKENIZERS[kind](tmp_path) / "tokenizer.json"
     tree = json.loads(path.read_text())
-    pieces = [tree[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor") if tree[key]]
+    pieces = [
+        tree[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor") if tree[key]
+    ]
 
     @st.composite
     def one_part(draw):  # vocab and merges are most of the file, and the least interesting part
@@ -327,7 +361,7 @@ def test_any_tokenizer_json_is_read_or_refused(kind, tmp_path):
         key = next(key for key in tree if tree[key] is part)
         return {**tree, key: draw(mutated(part))}
 
-    @fuzz(100)
+    @fuzz(50)
     @given((mutated(tree) | one_part()).map(dumped) | damaged(path.read_bytes()))
     def check(content):
         path.write_bytes(content)
@@ -340,8 +374,9 @@ def test_any_tokenizer_json_is_read_or_refused(kind, tmp_path):
 
 SIDE_FILES = {
     "generation_config.json": {"eos_token_id": [256, 259], "bos_token_id": 257, "temperature": 0.6},
-    "tokenizer_config.json": {"eos_token": {"content": "<|endoftext|>", "special": True}, "bos_token": "<s>",
-                              "chat_template": CHATML_TEMPLATE, "added_tokens_decoder": {"5": {"content": "x"}}},
+    "tokenizer_config.json": {"eos_token": {"content": "<|endoftext|>", "special": True},
+                              "bos_token": "<s>", "chat_template": CHATML_TEMPLATE,
+                              "added_tokens_decoder": {"5": {"content": "x"}}},
     "special_tokens_map.json": {"eos_token": "<|im_end|>", "bos_token": {"content": "<|endoftext|>"}},
     "config.json": {"eos_token_id": 257},
 }  # fmt: skip
@@ -352,7 +387,7 @@ def test_any_file_beside_the_tokenizer_is_read_or_refused(name, tmp_path):
     byte_level(tmp_path)
     (tmp_path / "tokenizer_config.json").unlink()
 
-    @fuzz(80)
+    @fuzz(40)
     @given(mutated(SIDE_FILES[name]).map(dumped) | damaged(dumped(SIDE_FILES[name])))
     def check(content):
         (tmp_path / name).write_bytes(content)
@@ -363,8 +398,8 @@ def test_any_file_beside_the_tokenizer_is_read_or_refused(name, tmp_path):
     check()
 
 
-@fuzz(60)
-@given(damaged(b"".join(b"%s %d\n" % (__import__("base64").b64encode(bytes([i])), i) for i in range(256))))
+@fuzz(40)
+@given(damaged(b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))))
 def test_any_rank_file_is_read_or_refused(tmp_path_factory, content):
     directory = tmp_path_factory.getbasetemp() / "ranks"
     directory.mkdir(exist_ok=True)
@@ -374,16 +409,77 @@ def test_any_rank_file_is_read_or_refused(tmp_path_factory, content):
         encode_and_decode(tokenizer)
 
 
-CONTROL = [*"ab <|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<tool>",
-           "</s>", "<s>", "<unk>", "<0x41>", "system", "user", "assistant", "\n"]  # fmt: skip
+def bos_of(*ids):
+    return BOS | {"special_tokens": {"B": {"ids": ids}}}
+
+
+REWARD = {"architectures": ["LlamaForSequenceClassification"]}
+TAKEN = {"added_tokens": [{"id": 7, "content": "<x>", "special": True}]}
+FOUND = [
+    ("config.json", REWARD | {"pad_token_id": [1]}, "pad_token_id must be"),
+    ("config.json", REWARD | {"pad_token_id": True}, "pad_token_id must be"),
+    ("config.json", REWARD | {"id2label": {}}, "id2label must be"),
+    ("config.json", {"x": "LISTS 150"}, "nested too deep"),
+    ("config.json", {"x": "OBJECTS 100000"}, "nested too deep"),
+    ("config.json", {"vocab_size": 10**400}, "vocab_size must be"),
+    (
+        "config.json",
+        {"model_type": "a\nb\u202e\ud800"},
+        r"model_type 'a\\nb\\u202e\\ud800' is not supported",
+    ),
+    ("generation_config.json", {"eos_token_id": 10**30}, "eos_token_id must be"),
+    ("tokenizer.json", TAKEN, "the id of an ordinary one"),
+    ("tokenizer.json", {"post_processor": bos_of(2**70)}, "what is no id"),
+    ("tokenizer.json", {"post_processor": bos_of(-1)}, "what is no id"),
+    ("tokenizer.json", {"post_processor": {"type": "a\nb"}}, r"post_processor a\\nb is not supported"),
+    ("tokenizer_config.json", {"eos_token": None}, "names no end-of-text token"),
+]
+
+
+@pytest.mark.parametrize("file, fields, told", FOUND)
+def test_what_a_fuzz_test_once_found(file, fields, told, tmp_path):
+    byte_level(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(models.config_json(LLAMA)))
+    tree = json.loads((tmp_path / file).read_text()) if (tmp_path / file).exists() else {}
+    (tmp_path / file).write_bytes(dumped(tree | fields))
+    with bounded(), pytest.raises(InputError, match=told) as caught:
+        models.read_config(tmp_path)
+        models.read_tokenizer(tmp_path)
+    assert str(tmp_path) in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_names_of_tensors_do_not_break_the_line(plain, tmp_path):
+    tensors = load_file(plain / "model.safetensors")
+    save_file(tensors | {"a\nb\u202e": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=r"no place for: a\\nb\\u202e$"):
+        models.read_weights(tmp_path, LLAMA)
+
+
+def test_an_end_token_that_the_model_has_not_is_refused(checkpoint, tmp_path, capsys):
+    (checkpoint / "tokenizer_config.json").unlink()
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": 5000}')
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    assert models.read_tokenizer(checkpoint).vocab_size == 5001
+    (tmp_path / "pairs.jsonl").write_bytes(lines(ROWS[:1]))
+    line = refused(capsys, tmp_path, "--model", checkpoint, "--preferences", tmp_path / "pairs.jsonl")
+    assert "has fewer embeddings than the tokenizer has ids" in line
+
+
+CONTROL = [*"ab <|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>",
+           "<tool>", "</s>", "<s>", "<unk>", "<0x41>", "system", "user", "assistant", "\n"]  # fmt: skip
 
 
 def test_no_text_of_a_prompt_becomes_a_control_token(tmp_path):
-    readers = [models.read_tokenizer(byte_level(tmp_path / "a", ignore_merges=True), chat) for chat in models.CHATS]
+    readers = [
+        models.read_tokenizer(byte_level(tmp_path / "a", ignore_merges=True), chat) for chat in models.CHATS
+    ]
     readers += [models.read_tokenizer(sentence_piece(tmp_path / "b"), chat) for chat in ("plain", "zephyr")]
 
-    @fuzz(80)
-    @given(st.lists(st.sampled_from(CONTROL), max_size=12).map("".join), st.sampled_from(["system", "user"]))
+    @fuzz(40)
+    @given(
+        st.lists(st.sampled_from(CONTROL), max_size=12).map("".join), st.sampled_from(["system", "user"])
+    )
     def check(text, role):
         for tokenizer in readers:
             control = {*tokenizer.control.values()}
@@ -397,8 +493,8 @@ def test_no_text_of_a_prompt_becomes_a_control_token(tmp_path):
     check()
 
 
-PATTERNS = ["(a+)+b", "((?=a){99}){99}", "(?:(?:a{1000}){1000}){1000}", "(a|a)*b", "(?#[)(a+)+(?#])b", "a{1000000}",
-            "(?=a)", "x*", "", "a*a*a*a*a*a*a*a*a*b", r"(?:(a+)\1?)?c"]  # fmt: skip
+PATTERNS = ["(a+)+b", "((?=a){99}){99}", "(?:(?:a{1000}){1000}){1000}", "(a|a)*b", "(?#[)(a+)+(?#])b",
+            "a{1000000}", "(?=a)", "x*", "", "a*a*a*a*a*a*a*a*a*b", r"(?:(a+)\1?)?c"]  # fmt: skip
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
@@ -448,7 +544,10 @@ def test_no_source_file_can_unpickle_or_execute_what_it_reads():
                 assert not banned & {name.split(".")[0] for name in names}, path
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                assert called not in ("torch.load", "np.load", "eval", "exec", "__import__"), (path, called)
+                assert called not in ("torch.load", "np.load", "eval", "exec", "__import__"), (
+                    path,
+                    called,
+                )
                 assert "pickle" not in called and "from_pretrained" not in called, (path, called)
 
 
@@ -461,10 +560,15 @@ def test_no_code_and_no_template_of_a_model_directory_is_executed(checkpoint, tm
     (checkpoint / "config.json").write_text(json.dumps(config))
     for name in ("modeling_x.py", "__init__.py", "conftest.py", "tokenization_x.py"):
         (checkpoint / name).write_text(code)
-    byte_level(checkpoint, settings={"chat_template": jinja, "auto_map": {"AutoTokenizer": "tokenization_x.T"}})
+    byte_level(
+        checkpoint, settings={"chat_template": jinja, "auto_map": {"AutoTokenizer": "tokenization_x.T"}}
+    )
     for _ in range(2):  # the template in tokenizer_config.json, then in a file of its own
         tokenizer = models.read_tokenizer(checkpoint)
-        assert tokenizer.chat == "chatml" and tokenizer.decode(tokenizer.prompt("{{ 7 * 7 }}")).count("49") == 0
+        assert (
+            tokenizer.chat == "chatml"
+            and tokenizer.decode(tokenizer.prompt("{{ 7 * 7 }}")).count("49") == 0
+        )
         (checkpoint / "chat_template.jinja").write_text(jinja)
     dice.load_model(checkpoint, "cpu")
     assert not ran.exists()
@@ -481,13 +585,15 @@ def test_any_config_of_a_reward_model_is_read_or_refused(tmp_path):
     prompt = dice.Prompt("Hello", [])
     samples = [dice.Sample(prompt, [], text) for text in ("", "Good day.", "\ud800" * 50)]
 
-    @fuzz(100)
+    @fuzz(40)
     @given((mutated(heads).map(lambda head: {**tree, **head}) | mutated(tree)).map(dumped))
     def check(content):
         path.write_bytes(content)
         labeller = loaded(lambda: dice.RewardModel(directory), str(directory))
         if labeller:
-            rewards = labeller.score(dice.load_model(directory, "cpu"), samples, dice.Budget(999, "scoring"))
+            rewards = labeller.score(
+                dice.load_model(directory, "cpu"), samples, dice.Budget(999, "scoring")
+            )
             assert all(isinstance(reward, float) for reward in rewards)
 
     check()
@@ -510,11 +616,20 @@ def lines(rows, end=b"\n"):
     return end.join(map(dumped, rows)) + end
 
 
+@pytest.mark.parametrize("score", [10**400, math.nan, -math.inf, True, "1", None])
+def test_scores_that_are_no_numbers_are_refused(score, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(lines([ROWS[0] | {"score_chosen": score}]))
+    with pytest.raises(
+        InputError, match='line 1: "score_chosen" and "score_rejected" must both be numbers'
+    ):
+        jsonl.read_preferences(tmp_path / "rows.jsonl")
+
+
 def test_any_json_lines_are_read_or_refused(tmp_path):
     path, tokenizer = tmp_path / "rows.jsonl", dice.tiny_model()[1]
     changed = mutated(ROWS, 2).filter(bool)
 
-    @fuzz(300)
+    @fuzz(150)
     @given(changed.map(lines) | changed.map(dumped) | damaged(lines(ROWS)) | st.binary(max_size=40)
            | st.builds(lambda rows, end, first: first + lines(rows, end), changed,
                        st.sampled_from([b"\r\n", b"\r", b"\n\n", b" \n", b"\x0b\n", "\u2028".encode()]),
@@ -536,11 +651,20 @@ def test_any_json_lines_are_read_or_refused(tmp_path):
     check()
 
 
-@pytest.mark.parametrize("start, end, told", [
-    (b"", b"\r\n", None), (b"", b"\n\n  \n", None), (b"", b"\r", None),
-    (b"\xef\xbb\xbf", b"\n", "line 1: not valid JSON: Unexpected UTF-8 BOM"), (b"\xff\xfe", b"\n", "not UTF-8"),
-    (b"\0", b"\n", "line 1: not valid JSON"), (b'{"prompt": %s}\n' % (b"[" * 200 + b"]" * 200), b"\n", "too deep"),
-    (b'{"prompt": 1%s}\n' % (b"0" * 9999), b"\n", "line 1: not valid JSON"), (b"", b"", "line 1: not valid JSON")])
+@pytest.mark.parametrize(
+    "start, end, told",
+    [
+        (b"", b"\r\n", None),
+        (b"", b"\n\n  \n", None),
+        (b"", b"\r", None),
+        (b"\xef\xbb\xbf", b"\n", "line 1: not valid JSON: Unexpected UTF-8 BOM"),
+        (b"\xff\xfe", b"\n", "not UTF-8"),
+        (b"\0", b"\n", "line 1: not valid JSON"),
+        (b'{"prompt": %s}\n' % (b"[" * 200 + b"]" * 200), b"\n", "too deep"),
+        (b'{"prompt": 1%s}\n' % (b"0" * 9999), b"\n", "line 1: not valid JSON"),
+        (b"", b"", "line 1: not valid JSON"),
+    ],
+)
 def test_line_ends_marks_and_depth(start, end, told, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(start + lines(ROWS, end))
@@ -551,7 +675,7 @@ def test_line_ends_marks_and_depth(start, end, told, tmp_path):
         assert len(jsonl.read_preferences(path)) == len(ROWS)
 
 
-# ------------------------------------------------------------------------------------- odd texts, whole runs
+# ------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture
@@ -559,25 +683,24 @@ def world(checkpoint, tmp_path, monkeypatch, capsys):
     """Runs the program on prompts and offline pairs, with answers that do not depend on the tiny model."""
 
     def run(prompts, pairs, says, *argv):
-        """(exit code, what it printed, --out); says(prompt number, sample number) -> text, or (text, finish)"""
+        """(exit code, what it printed, --out); says(prompt number, sample number) -> an answer's text"""
         tokenizer = models.read_tokenizer(checkpoint)
 
         def generate(model, ids, samples, **_):
             for index in range(len(ids)):
                 for k in range(samples):
-                    text, finish = (says(index, k), "stop") if isinstance(says(index, k), str) else says(index, k)
-                    tokens = tokenizer.answer(text)
-                    yield index, k, tokens if finish == "stop" else tokens[:-1], finish
+                    yield index, k, tokenizer.answer(says(index, k)), "stop"
 
         monkeypatch.setattr(dice, "generate", generate)
         out = tmp_path / "out"
-        rows = [pair if isinstance(pair, dict) else dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs]
+        rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs]
         (tmp_path / "prompts.jsonl").write_bytes(lines([{"prompt": text} for text in prompts]))
         (tmp_path / "pairs.jsonl").write_bytes(lines(rows))
         code = dice.main([
             "--model", str(checkpoint), "--prompts", str(tmp_path / "prompts.jsonl"), "--preferences",
-            str(tmp_path / "pairs.jsonl"), "--out", str(out), "--rounds", "1", "--samples", "3", "--steps", "2",
-            "--dpo-steps", "1", "--dpo-lr", "1e-3", "--batch", "4", "--held-out", "0", *argv])  # fmt: skip
+            str(tmp_path / "pairs.jsonl"), "--out", str(out), "--rounds", "1", "--samples", "3",
+            "--steps", "2", "--dpo-steps", "1", "--dpo-lr", "1e-3", "--batch", "4",
+            "--held-out", "0", *argv])  # fmt: skip
         return code, capsys.readouterr(), out
 
     return run
@@ -622,7 +745,7 @@ def test_odd_text_stays_what_it_is_in_the_tokenizer(name):
 
 
 MB10 = 10 * 2**20
-LONG = {"one letter": "a" * MB10, "blanks": " " * MB10, "combining": "e" + "\u0301" * (MB10 // 2)}
+LONG = {"one letter": "a" * MB10, "combining": "e" + "\u0301" * (MB10 // 2)}
 
 
 @pytest.mark.parametrize("kind", LONG)
@@ -631,23 +754,31 @@ def test_a_prompt_of_10_mb_is_refused_by_its_line(kind, checkpoint, tmp_path, ca
     prompts.write_bytes(lines([{"prompt": "Hello"}, {"prompt": LONG[kind]}]))
     pairs.write_bytes(lines(ROWS[:1]))
     with bounded(20, 3000):
-        line = refused(capsys, tmp_path, "--model", checkpoint, "--preferences", pairs, "--prompts", prompts)
+        line = refused(
+            capsys, tmp_path, "--model", checkpoint, "--preferences", pairs, "--prompts", prompts
+        )
     assert "prompts.jsonl line 2: the prompt has" in line and "context of 128" in line and len(line) < 500
 
 
 def test_an_offline_pair_of_10_mb_is_counted_and_left_out(world):
     with bounded(30, 3000):
-        pairs = [("A", "One answer.", "Other."), ("B", "the owl " * (MB10 // 8), "Other."), ("C", "Yes.", "No.")]
+        pairs = [
+            ("A", "One answer.", "Other."),
+            ("B", "the owl " * (MB10 // 8), "Other."),
+            ("C", "Yes.", "No."),
+        ]
         code, told, out = world(["Hello"], pairs, lambda i, k: f"Answer {k}.")
     assert code == 0 and "2 of 3 offline pairs are used: 1 are longer than 128 tokens" in told.err
 
 
 def test_answers_of_one_token(world, checkpoint):
-    """An answer that is the end token alone: of offline pairs it is used; sampled, it has too few characters."""
+    """The end token alone may be an offline answer; sampled, it has too few characters to be used."""
     pairs = [("A", "", "Some words."), ("B", "Yes", ""), ("C", "y", "n")]
     end = models.read_tokenizer(checkpoint).end
     says = [["", " ", "Words."], ["", "y", "Longer words."], ["Good.", "Bad one.", ""]]
-    code, told, out = world(["P", "Q", "R"], pairs, lambda i, k: says[i][k], "--min-valid", "0", "--alpha", "0")
+    code, told, out = world(
+        ["P", "Q", "R"], pairs, lambda i, k: says[i][k], "--min-valid", "0", "--alpha", "0"
+    )
     assert code == 0
     rows, mixture = (rows_of(out / "round-1" / name) for name in ("samples.jsonl", "pairs.jsonl"))
     assert rows[0]["tokens"] == [end] and rows[0]["text"] == "" and math.isfinite(rows[0]["reward"])
@@ -703,11 +834,16 @@ def test_all_equal_rewards_for_every_prompt_are_one_clear_error(argv, world, mon
 
 
 def test_answers_with_a_nan_reward_are_not_used(world, monkeypatch):
-    rewarded(monkeypatch, lambda prompt, text: math.nan if prompt == "P" or "word word word" in text else len(text))
+    rewarded(
+        monkeypatch,
+        lambda prompt, text: math.nan if prompt == "P" or "word word word" in text else len(text),
+    )
     code, told, out = world(["P", "Q"], OFFLINE, lambda i, k: "word " * (k + 1), "--alpha", "0")
     assert code == 0
     new = [row for row in rows_of(out / "round-1" / "pairs.jsonl") if row["source"] == "generated"]
-    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in new] == [("Q", "word word ", "word ")]
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in new] == [
+        ("Q", "word word ", "word ")
+    ]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -738,9 +874,10 @@ def test_weights_that_are_no_numbers_are_one_clear_error(who, value, checkpoint,
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "pairs.jsonl").write_bytes(lines(ROWS[:2]))
     both = {"model": checkpoint, "reference": checkpoint} | {who: directory}
-    argv = ["--model", both["model"], "--reference", both["reference"], "--preferences", tmp_path / "pairs.jsonl",
-            "--samples", "2", "--max-new-tokens", "8", "--min-valid", "0", "--out", tmp_path / "out"]  # fmt: skip
-    with bounded(20):
+    argv = ["--model", both["model"], "--reference", both["reference"], "--preferences",
+            tmp_path / "pairs.jsonl", "--samples", "2", "--max-new-tokens", "8",
+            "--min-valid", "0", "--out", tmp_path / "out"]  # fmt: skip
+    with bounded():
         assert dice.main(list(map(str, argv))) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("dice.py: ")
 
@@ -755,7 +892,11 @@ def test_a_reward_model_with_weights_that_are_no_numbers_is_one_clear_error(worl
 
 
 def test_duplicate_prompts_are_kept_once(checkpoint, tmp_path):
-    same = ["Hello", [{"role": "user", "content": "Hello"}], [{"content": "Hello", "role": "user", "name": "x"}]]
+    same = [
+        "Hello",
+        [{"role": "user", "content": "Hello"}],
+        [{"content": "Hello", "role": "user", "name": "x"}],
+    ]
     turns = [TURNS, [dict(reversed(turn.items())) for turn in TURNS]]
     others = ["hello", "Hello ", "e\u0301", "\u00e9", "\ud800", "\udfff"]
     path = tmp_path / "prompts.jsonl"
@@ -765,19 +906,25 @@ def test_duplicate_prompts_are_kept_once(checkpoint, tmp_path):
     assert found[0][0].endswith("line 1") and found[1][0].endswith("line 4")
     (tmp_path / "pairs.jsonl").write_bytes(lines([ROWS[0], ROWS[0], ROWS[2], ROWS[1]]))
     files = ["--prompts", str(path), "--preferences", str(tmp_path / "pairs.jsonl")]
-    given, own = (dice.Run(dice.parse_settings(["--model", str(checkpoint), *argv])[0]) for argv in (files, files[2:]))
+    given, own = (
+        dice.Run(dice.parse_settings(["--model", str(checkpoint), *argv])[0]) for argv in (files, files[2:])
+    )
     assert len(given.prompts) == len(found) and len(given.offline) == 4  # a pair may be there twice
     assert [p.content for p in own.prompts] == ["Hello", TURNS, "Hi"]
 
 
 def test_a_prompt_in_both_sets_is_not_trained_on_twice(world):
     pairs = [(f"{name}{i}", "Yes, of course.", "No.") for name in ("Both ", "Offline ") for i in range(4)]
-    pairs += [([{"role": "user", "content": "Both 1"}], "Another one.", "Not.")]  # the same prompt, otherwise written
+    pairs += [
+        ([{"role": "user", "content": "Both 1"}], "Another one.", "Not.")
+    ]  # the same prompt, otherwise written
     prompts = [f"Both {i}" for i in range(4)]
     code, _, out = world(prompts, pairs, lambda i, k: f"word {k} " * (k + 1))
     assert code == 0
     rows = rows_of(out / "round-1" / "pairs.jsonl")
-    generated, replayed = ([row["prompt"] for row in rows if row["source"] == kind] for kind in ("generated", "replayed"))
+    generated, replayed = (
+        [row["prompt"] for row in rows if row["source"] == kind] for kind in ("generated", "replayed")
+    )
     assert generated and replayed and not {*generated} & {*replayed} and len({*generated}) == len(generated)
 
 
