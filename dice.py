@@ -71,10 +71,13 @@ TINIEST = sys.float_info.min  # as a least value: anything above 0
 class Settings:
     # what goes in and out
     model: str = knob("tiny", "the policy: a name or a Hugging Face directory; tiny is made from nothing")
-    reference: str = knob("", "what the policy was DPO-trained from; without it the policy gets DPO first")
+    reference: str = knob("", "what the policy was DPO-trained from, a name or a directory; without it the "
+                              "policy gets DPO first")
     prompts: str = knob("", "JSON lines of prompts to sample for; without it those of --preferences")
     preferences: str = knob("", "JSON lines of offline pairs, for the DPO stage and the replay")
     out: str = knob("", "directory of the run; without it out/NAME_OF_MODEL")
+    weights: str = knob("real", "dummy: random weights in the shape of the name, a stand-in tokenizer, no "
+                                "download: to measure speed and memory", choices=("real", "dummy"))
     chat: str = knob("auto", "chat format", choices=("auto", "llama3", "zephyr", "chatml", "plain"))
     # the method, with the values of the paper
     rounds: int = knob(2, "DICE rounds; the paper saw no gain past the third", 0)
@@ -124,12 +127,12 @@ class Settings:
     # the machine
     seed: int = knob(0, "of everything random", 0)
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
-    dtype: str = knob("auto", "of the arithmetic (the trained weights themselves are float32); auto: bfloat16 "
-                              "on cuda", choices=("auto", "float32", "bfloat16"))
+    dtype: str = knob("auto", "of the arithmetic (weights are trained in float32); auto: bfloat16 on cuda",
+                      choices=("auto", "float32", "bfloat16"))
     offload: str = knob("auto", "keep weights, gradients and moments of training in main memory; auto: where "
                                 "they would fill most of the GPU's", choices=("auto", "yes", "no"))
-    recompute: str = knob("auto", "keep no activations of a layer for the backward pass, but work them out again; "
-                                  "auto: above 1e9 parameters", choices=("auto", "yes", "no"))
+    recompute: str = knob("auto", "keep no activations of a layer for the backward pass, but work them out "
+                                  "again; auto: above 1e9 parameters", choices=("auto", "yes", "no"))
     rows: int = knob(256, "sequences in flight while sampling", 1)
     chunk: int = knob(64, "prompts that are one unit of work: what an interruption loses, at most", 1)
     score_tokens: int = knob(4096, "padded tokens in one forward pass of scoring", 1)
@@ -198,12 +201,15 @@ def parse_settings(argv=None):
         options = f"{', '.join(f.metadata['choices'])}; " if f.metadata["choices"] else ""
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
                             help=f"{f.metadata['help']} ({options}{default})")
-    parser.add_argument("--dry-run", action="store_true", help="check what can be checked, measure the machine, "
-                        "print the plan with sizes and times; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="check what can be checked, measure the "
+                        "machine, print the plan with sizes and times; nothing is written to --out")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     dry_run = given.pop("dry_run")
     model, loss = given.get("model", Settings.model), given.get("loss", Settings.loss)
-    settings = Settings(**{**models.SETTINGS.get(model, {}), **LOSS_SETTINGS.get(loss, {}), **given})
+    named = dict(models.SETTINGS.get(model, {}))
+    if "preferences" in given:
+        named.pop("prompts", None)  # they belong to the name's own preferences
+    settings = Settings(**{**named, **LOSS_SETTINGS.get(loss, {}), **given})
     settings.out = settings.out or f"out/{Path(model).name}"
     settings.settle()
     return settings, dry_run
@@ -426,6 +432,7 @@ def pick(logits, uniform, temperature, top_p):
         probs = likeliest.where(likeliest.cumsum(-1) - likeliest < top_p, 0)
     cdf = probs.cumsum(-1)
     place = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # (B, 1)
+    place = place.clamp(max=cdf.shape[-1] - 1)  # of weights that are no numbers all is beyond the end
     return (place if token is None else token.gather(1, place))[:, 0]
 
 
@@ -658,8 +665,8 @@ def batches(sizes, tokens):
 
 @torch.no_grad()
 def in_passes(samples, sizes, work, budget, update=lambda count: None):
-    """work(indices of samples) -> a float for each, for all of them, in groups of similar size that the budget
-    and memory allow. update: is told how many more are done."""
+    """work(indices of samples) -> a float for each, for all of them, in groups of similar size that the
+    budget and memory allow. update: is told how many more are done."""
     result, todo = [math.nan] * len(samples), deque(batches(sizes, budget.tokens))
     while todo:
         safe_point()
@@ -777,7 +784,7 @@ def best_and_worst(reward, length, valid, alpha, lots=None):
     low = np.where(valid, shaped if lots is None else lots, np.inf)
     if lots is not None:
         low[prompt, best] = np.inf
-    return best, low.argmin(1)
+    return best, low.shape[1] - 1 - low[:, ::-1].argmin(1)  # of equals the last: no answer meets itself
 
 
 def length_gap(reward, length, valid, alpha, lots=None):
@@ -1050,10 +1057,10 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
             optimizer.zero_grad(set_to_none=True)
             if step > first:
                 run.save_training(stage, model, optimizer, step, history)
-            raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}. "
-                             "The step was not taken, and the model before it is kept. Its prompts, answers "
-                             f"and log-probs are in {run.save_culprits(stage, model, chosen)}; look there, or "
-                             "begin anew with a lower --lr")
+            culprits = run.save_culprits(stage, model, chosen)
+            raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
+                             "the step was not taken, and the model before it is kept. Its prompts, answers "
+                             f"and log-probs are in {culprits}; look there, or begin anew with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log({"stage": stage, "step": step + 1, **row, "lr": rate})
@@ -1089,22 +1096,31 @@ class Run(RunDirectory):
     def __init__(self, settings):
         super().__init__(settings.out)
         self.settings, self.device = settings, runs.join_processes(settings.device)
-        self.is_tiny = settings.model == "tiny"
-        if self.is_tiny:
+        self.is_tiny, self.made = settings.model == "tiny", []  # made: models that begin with random weights
+        for name in (settings.prompts, settings.preferences):  # before anything is downloaded
+            if name in models.PAPER.values() and not Path(name).exists():
+                raise InputError(f"{name}: not there; python data/ultrafeedback.py makes it")
+        if self.is_tiny or settings.weights == "dummy":
             self.base = self.out / "base"
-            self.config, self.tokenizer = tiny_model()
+            self.config, self.tokenizer = tiny_model() if self.is_tiny else models.stand_in(settings.model)
+            self.made.append(self.base)
         else:
             self.base = models.resolve(settings.model)
             self.config = models.read_config(self.base)
             self.tokenizer = models.read_tokenizer(self.base, settings.chat)
-        self.reference = models.resolve(settings.reference) if settings.reference else None
-        for directory in filter(None, (not self.is_tiny and self.base, self.reference)):
+        self.reference = None
+        if settings.reference and self.made:
+            self.reference = self.out / "reference"
+            self.made.append(self.reference)
+        elif settings.reference:
+            self.reference = models.resolve(settings.reference)
+        for directory in {self.base, self.reference} - {None, *self.made}:
             config = models.read_config(directory)
             if config.labels:
                 raise InputError(f"{directory}: is a reward model, which cannot speak; give it to --labeller")
             if config.vocab_size < self.tokenizer.vocab_size or config.context < self.config.context:
-                raise InputError(f"{directory}: has fewer embeddings than the tokenizer has ids, or a shorter "
-                                 "context than the policy; policy, reference, tokenizer must belong together")
+                raise InputError(f"{directory}: has fewer embeddings than the tokenizer has ids, or a "
+                                 "shorter context than the policy; they must belong together")
             models.check_weights(directory, config)
         self.labeller = None
         if settings.labeller not in ("implicit", "gold"):
@@ -1120,9 +1136,9 @@ class Run(RunDirectory):
         contents = {f"contents of {key}": hashlib.sha256(Path(name).read_bytes()).hexdigest()
                     for key, name in (("prompts", s.prompts), ("preferences", s.preferences)) if name}
         self.begin(asdict(s) | contents)
-        missing = self.is_tiny and not self.base.exists()  # its road begins with a checkpoint like any other
-        if runs.over_all(float(missing), "MAX"):
-            self.save(new_model(self.config, s.seed), "base")
+        for number, directory in enumerate(self.made):
+            if runs.over_all(float(not directory.exists()), "MAX"):
+                self.save(self.random_model(s.seed + number), directory.name)
 
     def read_data(self):
         """The offline pairs, and the prompts to sample for."""
@@ -1153,6 +1169,13 @@ class Run(RunDirectory):
         self.offline, self.held_out = pairs[:count], pairs[count:]
         prompts = prompts or {p.prompt.key: ("", p.prompt.content) for p in self.offline}.values()
         self.prompts = [self.prompt(content, where) for where, content in prompts]
+
+    def random_model(self, seed):
+        """Where the tiny world's road begins, or what --weights dummy measures."""
+        model = new_model(self.config, seed)
+        if not self.is_tiny:
+            model.norm.weight.data.mul_(0.05)  # nearly even odds: a tied head would repeat the last token
+        return model
 
     def prompt(self, content, where=""):
         prompt = Prompt(content, self.tokenizer.prompt(content))
@@ -1390,9 +1413,11 @@ def reward_answers(run, what, samples):
     """Give samples the labeller's rewards; for the implicit one, DICE's, they must have their log-probs."""
     if run.labeller:
         load = cache(partial(run.load, run.labeller.directory))
-        rewards = run.in_chunks(f"{what} rewards", samples, run.chunk_answers,
-                                lambda chunk, update: run.labeller.score(load(), chunk, run.score_budget, update))
-        for x, reward in zip(samples, rewards):
+
+        def work(chunk, update):
+            return run.labeller.score(load(), chunk, run.score_budget, update)
+
+        for x, reward in zip(samples, run.in_chunks(f"{what} rewards", samples, run.chunk_answers, work)):
             x.reward = reward
         return
     for x in samples:
@@ -1420,8 +1445,8 @@ class RewardModel:
         models.check_weights(directory, self.config)
 
     def score(self, net, samples, budget, update=lambda count: None):
-        """The reward of each sample by net, what load_model(self.directory, ...) gives; nan, so that it is not
-        used, where the text is too long for it."""
+        """The reward of each sample by net, what load_model(self.directory, ...) gives; nan, so that it is
+        not used, where the text is too long for it."""
         texts = [self.tokenizer.prompt(x.prompt.content, (x.prompt.steps or "") + x.text) for x in samples]
         fits = [i for i, ids in enumerate(texts) if len(ids) <= self.config.context]
         if len(fits) < len(texts):
@@ -1480,9 +1505,10 @@ def shape_and_pair(samples, settings, rng=None):
             kept.append(different)
     if not kept:
         cut = sum(x.finish == "length" for x in samples)
+        unknown = sum(math.isnan(x.reward) for x in samples)
         raise InputError(f"no prompt has {s.min_valid * s.samples:g} valid answers and two different ones "
-                         f"({cut} of {len(samples)} were cut by the length limit); raise --max-new-tokens or "
-                         "--temperature, or lower --min-valid")
+                         f"({cut} of {len(samples)} were cut by the length limit, {unknown} got no reward "
+                         "from the labeller); raise --max-new-tokens or --temperature, or lower --min-valid")
     reward, length = np.zeros((2, len(kept), s.samples))
     valid = np.zeros((len(kept), s.samples), dtype=bool)
     for i, group in enumerate(kept):
@@ -1499,7 +1525,11 @@ def shape_and_pair(samples, settings, rng=None):
         x.shaped = x.reward - alpha * answer_length(x, s)
     pairs = [Pair(group[best], group[worst], "generated")
              for group, best, worst in zip(kept, *best_and_worst(reward, length, valid, alpha, lots))]
-    return alpha, [pair for pair in pairs if pair.chosen.shaped > pair.rejected.shaped]
+    pairs = [pair for pair in pairs if pair.chosen.shaped > pair.rejected.shaped]
+    if not pairs and s.gamma < 1:
+        raise InputError(f"all answers to a prompt have the same reward, for each of {len(kept)} prompts: "
+                         "there is nothing to prefer; check the labeller and the two models")
+    return alpha, pairs
 
 
 def answer_length(x, settings):
@@ -1536,8 +1566,8 @@ def record_round(run, stage, alpha, samples, pairs, agrees):
     kl = "not known" if math.isnan(row["kl"]) else f"{row['kl']:.2f} nats"
     agreed = "not known" if agrees is None else f"{agrees:.0%}"
     say(f"{stage}: KL to the reference {kl}; answers of {row['answer_chars']:.0f} characters, "
-        f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; agreement with the held-out "
-        f"offline pairs {agreed}")
+        f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; agreement with the "
+        f"held-out offline pairs {agreed}")
     for warning in report.warnings(row, next(old for old in run.metrics if "alpha" in old)):
         say(f"{stage}: WARNING: {warning}")
 
@@ -1570,7 +1600,7 @@ def evaluate(run, stage, policy, reference=None):
 def measure(run):
     """For --dry-run: parameters of the policy, seconds a sampled token takes, and a scored one."""
     s = run.settings
-    model = new_model(run.config, s.seed) if run.is_tiny else run.load(run.base)
+    model = run.random_model(s.seed) if run.made else run.load(run.base)
     prompts, started = run.prompts[:max(1, s.rows // s.samples)], time.perf_counter()
     drawn = list(generate(model, [p.ids for p in prompts], s.samples, stop_ids=[], seed=s.seed, rows=s.rows,
                           max_new_tokens=min(32, s.max_new_tokens)))
@@ -1625,6 +1655,12 @@ def main(argv=None):
         print(f"dice.py: {run.out}: the disk is full. What is done is safe; free some space, and the same "
               "command goes on from there", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not runs.lost_contact(error):
+            raise
+        print("dice.py: another process of this run has ended, so this one does too. What is done is in "
+              f"{run.out}; the same command goes on from there", file=sys.stderr)
+        return 1
     finally:
         if run:
             run.unlock()

@@ -673,7 +673,7 @@ def write_weights(directory: Path, config: Config, state, dtype):
 
 
 def write_file(path: Path, write):
-    """Make a file by write(scratch): beside its place, flushed, then renamed, so that it is whole or not there."""
+    """Make a file by write(scratch): beside its place, flushed, renamed, so that it is whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
@@ -954,7 +954,10 @@ def read_tokenizer(directory, chat="auto") -> Tokenizer:
     """
     directory = Path(directory)
     files = {name: directory / name for name in TOKENIZER_FILES}
-    files = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    try:
+        files = {name: path.read_bytes() for name, path in files.items() if path.is_file()}
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
     need("tokenizer.json" in files or "tokenizer.model" in files,
          f"{directory}: no tokenizer.json and no tokenizer.model (Llama-3's rank file)")
     settings = read_json(directory / "special_tokens_map.json")

@@ -69,8 +69,9 @@ def load(settings):
     """The model and its tokenizer, on the device that the settings name."""
     directory = models.resolve(settings.model)
     tokenizer = models.read_tokenizer(directory, settings.chat)
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
-    return dice.load_model(directory, settings.device, dtype), tokenizer
+    if models.read_config(directory).vocab_size < tokenizer.vocab_size:
+        raise InputError(f"{directory}: has fewer embeddings than its tokenizer has ids")
+    return dice.load_model(directory, settings.device, getattr(torch, settings.dtype)), tokenizer
 
 
 def encode(prompt, raw, model, tokenizer, where):

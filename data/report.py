@@ -95,9 +95,9 @@ def training_table(metrics):
 def warnings(row, first):
     """What to fear of a round, in plain words; row and first are its own and the first round's metrics."""
     if row["offline_agreement"] is not None and row["offline_agreement"] <= 0.5:
-        yield (f"the reward agrees with {row['offline_agreement']:.0%} of the held-out offline pairs, no more "
-               "than a coin would: its labels may no longer be what people prefer, and the policy of the round "
-               "before the better one")
+        yield (f"the reward agrees with {row['offline_agreement']:.0%} of the held-out offline pairs, no "
+               "more than a coin would: its labels may no longer be what people prefer, and the policy of "
+               "the round before the better one")
     if row["answer_chars"] > 1.5 * first["answer_chars"]:
         yield (f"answers have grown from {first['answer_chars']:.0f} to {row['answer_chars']:.0f} characters "
                "since the first round: length is running away")

@@ -65,6 +65,11 @@ def over_all(values, how="SUM"):
     return total.tolist()
 
 
+def lost_contact(error):
+    """Does this RuntimeError say that another process is gone?"""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
+
+
 # ---------------------------------------------------------------------------------------- interruption
 STOP = []  # the signal that asks the run to stop
 
@@ -171,8 +176,8 @@ class RunDirectory:
         differ = [f"--{key.replace('_', '-')} {old.get(key)!r}, now {identity.get(key)!r}"
                   for key in sorted(old.keys() | identity.keys()) if old.get(key) != identity.get(key)]
         if differ:
-            raise InputError(f"{self.out}: was begun with other settings ({'; '.join(differ)}); give the same "
-                             "ones to go on, or choose another --out")
+            raise InputError(f"{self.out}: was begun with other settings ({'; '.join(differ)}); give the "
+                             "same ones to go on, or choose another --out")
         say(f"{self.out}: goes on where it stopped")
 
     def lock(self):
@@ -331,8 +336,8 @@ def plan(run, count, sampling, scoring):
         f"policy   {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}",
         f"stages   SFT of {s.sft_steps} steps, DPO of {dpo_steps}, {s.rounds} rounds of "
         f"{drawn // max(1, s.rounds)} samples and {s.steps} steps of {s.batch} pairs",
-        f"time     about {sum(hours):.2g} hours, if answers have {answer:.0f} tokens: sampling {hours[0]:.2g}, "
-        f"scoring {hours[1]:.2g}, training {hours[2]:.2g}",
+        f"time     about {sum(hours):.2g} hours, if answers have {answer:.0f} tokens: sampling "
+        f"{hours[0]:.2g}, scoring {hours[1]:.2g}, training {hours[2]:.2g}",
         f"disk     {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free: {stages} checkpoints, the state of the "
         "training, the samples",
         f"memory   {', '.join(f'{what} {n / 1e9:.2f} GB' for what, n in need.items())}, and what passes "

@@ -35,7 +35,13 @@ def start(directory, argv, small=False, processes=1):
         program = [str(directory / "small.py")]
         Path(program[0]).write_text(SMALL)
     if processes > 1:
-        program = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone", *program]
+        program = [
+            "-m",
+            "torch.distributed.run",
+            f"--nproc-per-node={processes}",
+            "--standalone",
+            *program,
+        ]
     log = open(directory / "log.txt", "a")
     return subprocess.Popen(
         [sys.executable, *program, "--out", "run", "--device", "cpu", *argv],

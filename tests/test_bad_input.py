@@ -800,7 +800,7 @@ def test_a_limit_of_one_token_cuts_every_answer(checkpoint, tmp_path, capsys):
     argv = ["--model", checkpoint, "--reference", checkpoint, "--preferences", tmp_path / "pairs.jsonl",
             "--samples", "2", "--max-new-tokens", "1", "--out", tmp_path / "out"]  # fmt: skip
     assert dice.main(list(map(str, argv))) == 2
-    assert "(4 of 4 were cut by the length limit)" in capsys.readouterr().err.splitlines()[-1]
+    assert "(4 of 4 were cut by the length limit, " in capsys.readouterr().err.splitlines()[-1]
 
 
 def rewarded(monkeypatch, reward):
@@ -829,7 +829,7 @@ def test_all_equal_rewards_for_every_prompt_are_one_clear_error(argv, world, mon
     rewarded(monkeypatch, lambda prompt, text: 1.5)
     code, told, out = world(["P", "Q"], OFFLINE, lambda i, k: f"word {k}", *argv)
     last = told.err.splitlines()[-1]
-    assert code == 2 and last.startswith("dice.py: ") and " 0 generated" in last
+    assert code == 2 and last.startswith("dice.py: ") and "the same reward, for each of 2 prompts" in last
     assert not (out / "round-1" / "policy").exists()
 
 

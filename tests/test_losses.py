@@ -156,7 +156,9 @@ def test_equal_policy_and_reference_have_closed_forms(pair, beta):
     }
     assert expected.keys() == dice.LOSSES.keys()
     for name, value in expected.items():
-        assert float(loss_of(name, as_terms(pair), beta=beta)) == pytest.approx(value, rel=1e-9, abs=1e-12)
+        assert float(loss_of(name, as_terms(pair), beta=beta)) == pytest.approx(
+            value, rel=1e-9, abs=1e-12
+        )
 
 
 def swapped(terms):
@@ -427,12 +429,16 @@ def test_scores_and_steps_are_read_and_pairs_come_back_as_they_went_out(tmp_path
         ),
     ],
 )
-def test_what_odpo_and_step_dpo_cannot_use_is_refused_by_line(changes, told, checkpoint, tmp_path, capsys):
+def test_what_odpo_and_step_dpo_cannot_use_is_refused_by_line(
+    changes, told, checkpoint, tmp_path, capsys
+):
     row = {"prompt": "Hello", "chosen": "Good day.", "rejected": "Go."}
     path = tmp_path / "pairs.jsonl"
     good = {**row, "score_chosen": 2, "score_rejected": 1}
     path.write_text(json.dumps(good) + "\n" + json.dumps({**row, **changes}) + "\n")
-    assert told in refused(capsys, tmp_path, "--model", checkpoint, "--preferences", path, "--loss", "odpo")
+    assert told in refused(
+        capsys, tmp_path, "--model", checkpoint, "--preferences", path, "--loss", "odpo"
+    )
 
 
 @pytest.mark.parametrize(
@@ -458,7 +464,9 @@ def test_settings_that_contradict_each_other_are_refused(argv, told, tmp_path, c
 def test_nothing_to_replay_is_told_before_anything_is_sampled(checkpoint, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Hello"}\n')
-    told = refused(capsys, tmp_path, "--model", checkpoint, "--reference", checkpoint, "--prompts", prompts)
+    told = refused(
+        capsys, tmp_path, "--model", checkpoint, "--reference", checkpoint, "--prompts", prompts
+    )
     assert "--gamma 0.5: there are no offline pairs to replay" in told
 
 
@@ -490,7 +498,8 @@ def tiny_samples(count=6):
     _, tokenizer = dice.tiny_model()
     rows = tiny.sft_examples(0)[:count]
     return [
-        dice.Sample(dice.Prompt(r["prompt"], []), tokenizer.answer(r["chosen"]), r["chosen"]) for r in rows
+        dice.Sample(dice.Prompt(r["prompt"], []), tokenizer.answer(r["chosen"]), r["chosen"])
+        for r in rows
     ]
 
 

@@ -37,7 +37,12 @@ def alone(tmp_path_factory):
 @pytest.fixture
 def small(monkeypatch, tmp_path):
     """The world of kill.SMALL, in this process; a run in tmp_path/run."""
-    for name, value in (("SFT_EXAMPLES", 2000), ("PREFERENCES", 64), ("HELD_OUT", 6), ("DICE_PROMPTS", 10)):
+    for name, value in (
+        ("SFT_EXAMPLES", 2000),
+        ("PREFERENCES", 64),
+        ("HELD_OUT", 6),
+        ("DICE_PROMPTS", 10),
+    ):
         monkeypatch.setattr(tiny, name, value)
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
@@ -187,7 +192,9 @@ def test_a_dry_run_refuses_a_disk_too_small(small, monkeypatch, tmp_path, capsys
 # ------------------------------------------------------------------------------------- numbers that go wrong
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_pairs(small, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_pairs(
+    small, tmp_path, monkeypatch, capsys
+):
     real, steps = dice.mean_gradient, []
 
     def spoiled(model, losses_of, items, settings, budget):
@@ -238,7 +245,9 @@ def test_out_of_memory_halves_the_pass_and_changes_no_result(monkeypatch, capsys
     torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=0)
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     told = [line for line in capsys.readouterr().err.split("\n") if "out of memory in" in line]
-    assert 0 < sum("training" in line for line in told) < 8  # said when it is halved, and not in every step
+    assert (
+        0 < sum("training" in line for line in told) < 8
+    )  # said when it is halved, and not in every step
 
 
 def test_a_pair_too_large_for_memory_is_named(monkeypatch):
@@ -260,7 +269,9 @@ def test_out_of_memory_in_sampling_takes_fewer_rows_and_gives_the_same(
 
     def cramped(*args, rows, **options):
         if rows > 16:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+            raise RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
         return real(*args, rows=rows, **options)
 
     monkeypatch.setattr(dice, "generate", cramped)
@@ -329,3 +340,113 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         models.write_file(path, broken)
     assert path.read_text() == "first" and [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+# ------------------------------------------------------------------------------------- processes and precision
+
+
+def moved(pairs, steps=100, dtype="float32", sharded=False, recompute=False, masters=True):
+    """How far 100 steps move the weights of a small network, (parameters,); and the logged rows."""
+    net = network(LLAMA)
+    before = torch.cat([p.detach().flatten() for p in net.parameters()])
+    run = Bench(batch=8, epochs=20, train_tokens=300)
+    run.settings.dtype, run.settings.offload, net.recompute = dtype, "no", recompute
+    if sharded:
+        dice.shard(net, run.settings, "cpu")
+    elif not masters:
+        net = net.bfloat16()
+    train_dpo(run, net, pairs, lr=1e-5, steps=steps)
+    return torch.cat(
+        [dice.whole(p.detach()).float().flatten() for p in net.parameters()]
+    ) - before, run.rows
+
+
+def test_bfloat16_arithmetic_with_float32_masters_follows_float32_training():
+    """100 small steps: with masters they end where float32 does, within 3%; on bfloat16 weights they do not
+    even go the same way. FSDP2 in float32, and activations worked out again, change nothing at all."""
+    pairs = random_pairs(network(LLAMA), 64)
+    exact, rows = moved(pairs)
+    for options in ({"recompute": True}, {"sharded": True}):
+        same, _ = moved(pairs, **options)
+        torch.testing.assert_close(same, exact, atol=1e-7, rtol=0)
+    close, close_rows = moved(pairs, dtype="bfloat16", sharded=True, recompute=True)
+    assert float((close - exact).norm() / exact.norm()) < 0.03
+    assert close_rows[-1]["loss"] == pytest.approx(rows[-1]["loss"], abs=0.003)
+    lost, _ = moved(pairs, masters=False)
+    assert float(torch.cosine_similarity(lost, exact, dim=0)) < 0.5
+
+
+@pytest.fixture
+def from_files(alone, tmp_path):
+    """Settings of a run from given models and files of the small world."""
+    small = {"SFT_EXAMPLES": 2000, "PREFERENCES": 64, "HELD_OUT": 6, "DICE_PROMPTS": 10}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.items():
+            patch.setattr(tiny, name, value)
+        runs.write_rows(tmp_path / "pairs.jsonl", tiny.preferences(0))
+        runs.write_rows(
+            tmp_path / "prompts.jsonl", ({"prompt": text} for text in tiny.training_prompts(0))
+        )
+    return ["--model", str(alone / "dpo"), "--reference", str(alone / "sft"), "--samples", "4", "--rounds", "1",
+            "--preferences", str(tmp_path / "pairs.jsonl"), "--prompts", str(tmp_path / "prompts.jsonl"),
+            "--steps", "5", "--batch", "3", "--lr", "1e-4", "--chunk", "2", "--min-valid", "0"]  # fmt: skip
+
+
+def test_two_processes_do_what_one_does(from_files, tmp_path):
+    kill.finish(tmp_path / "one", from_files, small=True)
+    kill.finish(tmp_path / "two", from_files, small=True, processes=2)
+    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
+    assert kill.contents(one).keys() == kill.contents(two).keys()
+    for name in (
+        "settings.json",
+        "round-1/samples.jsonl",
+        "round-1/pairs.jsonl",
+        "round-1/policy/config.json",
+    ):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    rows = [
+        [row for row in runs.whole_rows(run / "metrics.jsonl") if "step" in row] for run in (one, two)
+    ]
+    assert len(rows[0]) == len(rows[1]) == 5
+    for a, b in zip(*rows):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        assert a["chosen_logprob"] == pytest.approx(b["chosen_logprob"], abs=1e-3)
+    config = models.read_config(one / "round-1" / "policy")
+    weights = [models.read_weights(run / "round-1" / "policy", config) for run in (one, two)]
+    for name in weights[0]:
+        torch.testing.assert_close(weights[0][name], weights[1][name], atol=1e-4, rtol=0)
+
+
+def test_a_killed_worker_ends_the_run_and_the_command_goes_on(from_files, tmp_path):
+    argv = [*from_files, "--steps", "9", "--save-steps", "2", "--epochs", "9"]
+    process = kill.start(tmp_path, argv, small=True, processes=2)
+    while not list((tmp_path / "run" / "partial").glob("round-1.*.0-of-2.safetensors")):
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
+        time.sleep(0.002)
+    worker = next(pid for pid in children(process.pid) if environment(pid).get("RANK") == "1")
+    os.kill(worker, signal.SIGKILL)
+    assert process.wait(60) != 0
+    log = (tmp_path / "log.txt").read_text()
+    assert "another process of this run has ended" in log or f"(pid: {worker})" in log
+    kill.finish(tmp_path, argv, small=True, processes=2)
+    assert "round-1: goes on after step" in (tmp_path / "log.txt").read_text()
+    assert len([row for row in runs.whole_rows(tmp_path / "run" / "metrics.jsonl") if "step" in row]) == 9
+
+
+def children(pid):
+    listed = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [child for child in listed if f"PPid:\t{pid}\n" in status(child)]
+
+
+def status(pid):
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
+def environment(pid):
+    with open(f"/proc/{pid}/environ") as file:
+        return dict(entry.split("=", 1) for entry in file.read().split("\0") if "=" in entry)
