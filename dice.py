@@ -22,7 +22,8 @@ Done differently from the paper and its code:
 - no judge for real models: sample.py writes answers for AlpacaEval's own package to score
 
     python dice.py                                                  laptop: the tiny world, SFT, DPO, DICE
-    python dice.py --model DIR --reference DIR --preferences FILE   GPU: your policy and what it came from
+    python dice.py --model llama3-8b                                GPU: the paper's run
+    torchrun --nproc-per-node=8 dice.py --model llama3-8b           GPUs: the same run, shared
 """
 
 import argparse
@@ -202,7 +203,7 @@ def parse_settings(argv=None):
         parser.add_argument("--" + f.name.replace("_", "-"), type=f.type, metavar=f.type.__name__.upper(),
                             help=f"{f.metadata['help']} ({options}{default})")
     parser.add_argument("--dry-run", action="store_true", help="check what can be checked, measure the "
-                        "machine, print the plan with sizes and times; nothing is written to --out")
+                        "machine, print the plan with sizes and times; write nothing to --out")
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     dry_run = given.pop("dry_run")
     model, loss = given.get("model", Settings.model), given.get("loss", Settings.loss)
@@ -993,6 +994,19 @@ def shard(model, settings, device):
     model.computes_on = torch.device(device)
 
 
+def load_to_train(directory, settings, device):
+    """The checkpoint in a directory, ready for training."""
+    dtype = getattr(torch, settings.dtype)
+    if dtype == torch.float32 and runs.world() == 1:
+        model = load_model(directory, device)
+    else:
+        model = load_model(directory, "cpu", dtype)
+        shard(model, settings, device)
+    large = sum(p.numel() for p in model.parameters()) > 1e9
+    model.recompute = settings.recompute == "yes" or (settings.recompute == "auto" and large)
+    return model
+
+
 def mean_gradient(model, losses_of, items, settings, budget):
     """Gradient of the mean loss of some items, and the means of what is to be logged.
 
@@ -1075,6 +1089,15 @@ def whole(tensor):
 def part(tensor):
     """This process' own part of it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def snapshot(model, dtype):
+    """A model in training as one to sample from."""
+    state = {name: whole(tensor).detach().to(model.device, dtype) for name, tensor in model.state_dict().items()}
+    with torch.device("meta"):
+        net = Transformer(model.config)
+    net.load_state_dict(state, assign=True)
+    return net
 
 
 def train_pairs(run, stage, pairs, policy, *, lr, steps, keep=None):
@@ -1211,17 +1234,9 @@ class Run(RunDirectory):
 
     def load(self, directory, training=False):
         """A model to sample from and score with, in the run's dtype; or one to train."""
-        s, dtype = self.settings, getattr(torch, self.settings.dtype)
-        if not training:
-            return load_model(directory, self.device, dtype)
-        if dtype == torch.float32 and runs.world() == 1:
-            model = load_model(directory, self.device)
-        else:
-            model = load_model(directory, "cpu", dtype)
-            shard(model, s, self.device)
-        large = sum(p.numel() for p in model.parameters()) > 1e9
-        model.recompute = s.recompute == "yes" or (s.recompute == "auto" and large)
-        return model
+        if training:
+            return load_to_train(directory, self.settings, self.device)
+        return load_model(directory, self.device, getattr(torch, self.settings.dtype))
 
     def save(self, model, name):
         """The checkpoint of a stage, which ends it."""
@@ -1476,7 +1491,8 @@ def fdpo(run, number, policy, reference, pairs, model, epoch, kept):
     prompts = {pairs[i].prompt.key: pairs[i].prompt for i in kept}
     draw = FILTER + number * 2**16 + epoch
     what = f"round-{number} fDPO epoch {epoch + 1}"
-    own = run.sample(what, lambda: model, list(prompts.values()), 1, draw)
+    now = snapshot(model, getattr(torch, run.settings.dtype))
+    own = run.sample(what, lambda: now, list(prompts.values()), 1, draw)
     new = own + [pairs[i].chosen for i in kept if math.isnan(pairs[i].chosen.reward)]
     if run.settings.labeller == "implicit":
         score_answers(run, what, new, policy, reference)
@@ -1642,6 +1658,7 @@ def main(argv=None):
             run.end_stage()
             if runs.rank() == 0:
                 print(report.write(run.out))
+            runs.leave_processes()
     except InputError as error:
         print(f"dice.py: {error}", file=sys.stderr)
         return 2

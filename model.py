@@ -148,6 +148,7 @@ class Named:
 LLAMA3_8B = Config(128256, 8192, 32, 4096, 32, 8, 128, 14336, rope_theta=500000.0)
 MISTRAL_7B = Config(32000, 4096, 32, 4096, 32, 8, 128, 14336)
 PAPER = dict(prompts="data/uf-10k/prompt.json", preferences="data/uf-10k/preference.json")
+WIDE = PAPER | dict(score_tokens=32768, train_tokens=8192)  # for cards of 80 GB and more
 # Bases: SFT on the chosen answers of the paper's 10k pairs (3 epochs), DPO on the pairs (1 epoch), DICE on
 # their prompts. Lengths and rows are for cards of 24 GB (gpt2-xl: 48); the smallest take larger steps.
 # These are usual values, not tuned here.
@@ -169,11 +170,11 @@ NAMES = {
         temperature=1.0, top_p=0.9, max_new_tokens=96, rows=512, chunk=256, batch=16, steps=32, epochs=2,
         lr=6e-5, warmup=0, sft_steps=1400, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5, train_tokens=8192)),
     "llama3-8b": Named("princeton-nlp/Llama-3-Base-8B-SFT-DPO", LLAMA3_8B,
-                       PAPER | dict(reference="llama3-8b-sft", chat="llama3")),
-    "llama3-8b-sft": Named("princeton-nlp/Llama-3-Base-8B-SFT", LLAMA3_8B, PAPER | dict(chat="llama3")),
-    "zephyr-7b": Named("HuggingFaceH4/zephyr-7b-beta", MISTRAL_7B, PAPER | dict(
+                       WIDE | dict(reference="llama3-8b-sft", chat="llama3")),
+    "llama3-8b-sft": Named("princeton-nlp/Llama-3-Base-8B-SFT", LLAMA3_8B, WIDE | dict(chat="llama3")),
+    "zephyr-7b": Named("HuggingFaceH4/zephyr-7b-beta", MISTRAL_7B, WIDE | dict(
         reference="zephyr-7b-sft", chat="zephyr", temperature=0.7, top_p=0.9)),
-    "zephyr-7b-sft": Named("HuggingFaceH4/mistral-7b-sft-beta", MISTRAL_7B, PAPER | dict(
+    "zephyr-7b-sft": Named("HuggingFaceH4/mistral-7b-sft-beta", MISTRAL_7B, WIDE | dict(
         chat="zephyr", temperature=0.7, top_p=0.9)),
     "gpt2": gpt2("", 12, 768, SMALLEST),
     "gpt2-medium": gpt2("-medium", 24, 1024, BASE),

@@ -43,6 +43,11 @@ def join_processes(device):
     return device
 
 
+def leave_processes():
+    if world() > 1:
+        dist.destroy_process_group()
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 

@@ -8,13 +8,16 @@ directory, the same work and the same number of threads. Its peak memory is the 
 torch allocated). Useful tokens are real ones: no padding, nothing after the end token. The floor is the
 time that the arithmetic alone would take at the rate of a large matrix product, measured in the same run:
 two operations per weight and token forward and four backward (the head's weights only where a token is
-predicted), and the causal half of attention.
+predicted), and the causal half of attention. For sampling it is the time of reading all weights once a step
+and the keys and values of every row, at the rate of a large copy, where that is longer.
 
-    sampling    K = 16 answers for each prompt. Weights are random and one id in a hundred is a stop id, so
-                at temperature 1 lengths are geometric with a mean of 100, on both sides; the limit is 512
+    sampling    K = 16 answers for each prompt. Weights are random and one id in so many is a stop id, so at
+                temperature 1 lengths are geometric, on both sides: a mean of 100 and a limit of 512 tokens
+                (llama3-8b: prompts of 50-1000, a mean of 400, a limit of 2048, 256 rows in flight)
     scoring     log-probs of answers with such lengths; transformers: a plain forward of padded rows
-    training    DPO, batch 8, prompts of 20-80 and answers of 10-400 tokens. Ours includes scoring the
-                reference first; trl's is DPOTrainer with its defaults but float32, and at its fastest
+    training    DPO, batch 8, prompts of 20-80 and answers of 10-400 tokens (llama3-8b: 50-1000 and 10-1000).
+                Ours includes scoring the reference first; trl's is DPOTrainer with its defaults but float32,
+                and at its fastest
 """
 
 import argparse
@@ -38,44 +41,48 @@ import dice
 import model as models
 from data import tiny
 
-SHAPES = {
+SMALL = dict(prompt=(20, 200), mean=100, limit=512, rows=10**6, pair=((20, 80), (10, 400)))
+LARGE = dict(prompt=(50, 1000), mean=400, limit=2048, rows=256, pair=((50, 1000), (10, 1000)))
+SHAPES = {  # the network, and the work for it
     "1m": (models.Config(vocab_size=4096, context=1024, layers=2, width=128, heads=4, kv_heads=2,
-                         head_size=32, hidden=384, tied=True), dict(prompts=2, pairs=8)),
+                         head_size=32, hidden=384, tied=True), SMALL | dict(prompts=2, pairs=8)),
     "25m": (models.Config(vocab_size=32000, context=1024, layers=8, width=384, heads=8, kv_heads=4,
-                          head_size=48, hidden=1024, tied=True), dict(prompts=8, pairs=40)),
-    "llama3-8b": (models.NAMES["llama3-8b"].shape, dict(prompts=32, pairs=64)),
+                          head_size=48, hidden=1024, tied=True), SMALL | dict(prompts=8, pairs=40)),
+    "llama3-8b": (models.NAMES["llama3-8b"].shape, LARGE | dict(prompts=32, pairs=64)),
 }
-K, MAX_NEW, BATCH = 16, 512, 8
+K, BATCH = 16, 8
 
 # ----------------------------------------------------------------------------------------------------------
 # The work: the same for both sides
 
 
-def ids(rng, config, length):
-    """Random ids; none is a stop id, since those are the lowest ones."""
-    return rng.integers(config.vocab_size // 100, config.vocab_size, length).tolist()
+def stop_ids(config, sizes):
+    """The lowest ones."""
+    return list(range(config.vocab_size // sizes["mean"]))
 
 
-def stop_ids(config):
-    return list(range(config.vocab_size // 100))
+def ids(rng, config, sizes, length):
+    """Random ids; none is a stop id."""
+    return rng.integers(config.vocab_size // sizes["mean"], config.vocab_size, length).tolist()
 
 
 def prompts_of(config, sizes):
     rng = np.random.default_rng(0)
-    return [ids(rng, config, n) for n in rng.integers(20, 200, sizes["prompts"])]
+    return [ids(rng, config, sizes, n) for n in rng.integers(*sizes["prompt"], sizes["prompts"])]
 
 
 def answers_of(config, sizes):
     """(prompt, answer) ids to score."""
     rng = np.random.default_rng(1)
-    return [(prompt, ids(rng, config, min(MAX_NEW, rng.geometric(0.01))))
+    return [(prompt, ids(rng, config, sizes, min(sizes["limit"], rng.geometric(1 / sizes["mean"]))))
             for prompt in prompts_of(config, sizes) for _ in range(K)]
 
 
 def pairs_of(config, sizes):
     """(prompt, chosen, rejected) ids to train on."""
     rng = np.random.default_rng(2)
-    return [[ids(rng, config, rng.integers(low, high)) for low, high in ((20, 80), (10, 400), (10, 400))]
+    prompt, answer = sizes["pair"]
+    return [[ids(rng, config, sizes, rng.integers(*between)) for between in (prompt, answer, answer)]
             for _ in range(sizes["pairs"])]
 
 
@@ -88,12 +95,17 @@ def forward_flops(config, prompt, answer):
     return 2 * body * n + 2 * head * answer + 2 * config.layers * config.heads * config.head_size * n * n
 
 
-def sampling_result(config, prompts, answers):
-    """answers: (prompt index, length) each. The prompt is needed once, not K times."""
+def sampling_result(config, sizes, prompts, answers):
+    """answers: (prompt index, length) each. The prompt is needed once, not K times. numbers: weights and
+    cached keys and values that must be read, if as many rows as may be are always in flight."""
     prefill = [forward_flops(config, len(p), 0) for p in prompts]
     flops = sum(prefill) + sum(forward_flops(config, len(prompts[i]), n) - prefill[i] for i, n in answers)
     lengths = [n for _, n in answers]
-    return {"tokens": sum(lengths), "flops": flops,
+    weights = sum(int(np.prod(shape)) for shape in models.parameter_shapes(config).values())
+    seen = sum(len(prompts[i]) * n + n * n / 2 for i, n in answers)  # places, over all steps
+    numbers = sum(lengths) / min(sizes["rows"], len(answers)) * weights \
+        + seen * 2 * config.layers * config.kv_heads * config.head_size
+    return {"tokens": sum(lengths), "flops": flops, "numbers": numbers,
             "note": f"{len(lengths)} answers, mean {np.mean(lengths):.0f}, longest {max(lengths)}"}
 
 
@@ -127,9 +139,9 @@ def our_sampling(args, config, sizes):
 
     def work():
         answers = [(index, len(answer)) for index, _, answer, _ in dice.generate(
-            net, prompts, K, stop_ids=stop_ids(config), seed=0, temperature=1.0, max_new_tokens=MAX_NEW,
-            rows=K * len(prompts))]
-        return sampling_result(config, prompts, answers)
+            net, prompts, K, stop_ids=stop_ids(config, sizes), seed=0, temperature=1.0,
+            max_new_tokens=sizes["limit"], rows=min(sizes["rows"], K * len(prompts)))]
+        return sampling_result(config, sizes, prompts, answers)
     return work
 
 
@@ -140,8 +152,8 @@ def our_scoring(args, config, sizes):
 
 
 def our_training(args, config, sizes):
-    net, rows, log = dice.load_model(args.weights, args.device), pairs_of(config, sizes), []
-    s = our_settings(args)
+    s, rows, log = our_settings(args), pairs_of(config, sizes), []
+    net = dice.load_to_train(args.weights, s, args.device)
     run = SimpleNamespace(settings=s, log=log.append, log_speed=lambda *_, **__: None,
                           resume_training=lambda *_: 0, score_budget=dice.Budget(s.score_tokens, "scoring"),
                           train_budget=dice.Budget(s.train_tokens, "training"))
@@ -169,7 +181,7 @@ def their_model(args):
 @torch.inference_mode()
 def their_sampling(args, config, sizes):
     net, prompts = their_model(args), prompts_of(config, sizes)
-    width = max(map(len, prompts))
+    width, stops = max(map(len, prompts)), stop_ids(config, sizes)
     # padded on the left
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=args.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=args.device)
@@ -177,13 +189,13 @@ def their_sampling(args, config, sizes):
     def work():
         torch.manual_seed(0)
         out = net.generate(tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
-                           num_return_sequences=K, max_new_tokens=MAX_NEW, eos_token_id=stop_ids(config),
+                           num_return_sequences=K, max_new_tokens=sizes["limit"], eos_token_id=stops,
                            pad_token_id=0)
         answers = []
         for i, row in enumerate(out[:, width:].tolist()):
-            ends = [t for t, token in enumerate(row) if token < config.vocab_size // 100]
+            ends = [t for t, token in enumerate(row) if token < len(stops)]
             answers.append((i // K, ends[0] + 1 if ends else len(row)))
-        return sampling_result(config, prompts, answers)
+        return sampling_result(config, sizes, prompts, answers)
     return work
 
 
@@ -272,6 +284,19 @@ def matrix_rate(args):
     return 2 * m * n * n / best
 
 
+def copy_rate(args):
+    """Bytes per second that a large copy reads."""
+    a = torch.zeros(2**25 if args.device == "cpu" else 2**30, device=args.device, dtype=torch.uint8)
+    b, best = torch.empty_like(a), float("inf")
+    for _ in range(10):
+        wait(args)
+        started = time.perf_counter()
+        b.copy_(a)
+        wait(args)
+        best = min(best, time.perf_counter() - started)
+    return 2 * len(a) / best  # read and written
+
+
 def one(args):
     """The process behind one line of the table: prints a JSON object."""
     task, who = args.only.split("/")
@@ -293,11 +318,12 @@ def one(args):
 
 def table(args):
     config, _ = SHAPES[args.model_shape]
-    rate = matrix_rate(args)
+    rate, copies = matrix_rate(args), copy_rate(args)
     if args.device != "cpu":
         torch.cuda.empty_cache()
     print(f"{args.model_shape}, {name_of(dtype_of(args))}, {args.device}, {torch.get_num_threads()} threads,"
-          f" torch {torch.__version__}; a large matrix product runs at {rate / 1e9:.0f} GFLOP/s\n")
+          f" torch {torch.__version__}; a large matrix product runs at {rate / 1e9:.0f} GFLOP/s, a large copy at"
+          f" {copies / 1e9:.0f} GB/s\n")
     print("| task | who | useful tokens/s | dice is faster by | peak memory | share of the floor | |")
     print("|---|---|---|---|---|---|---|")
     for task, sides in WORK.items():
@@ -319,8 +345,9 @@ def table(args):
             line = json.loads(result.stdout.strip().splitlines()[-1])
             speed = line["tokens"] / line["seconds"]
             ours = ours or speed
+            floor = max(line["flops"] / rate, line.get("numbers", 0) * dtype_of(args).itemsize / copies)
             print(f"| {task} | {who} | {speed:,.0f} | {ours / speed:.2f}x | {line['memory'] / 2**30:.2f} GB "
-                  f"| {line['flops'] / rate / line['seconds']:.0%} "
+                  f"| {floor / line['seconds']:.0%} "
                   f"| {line['note']}, {line['seconds']:.1f} s |", flush=True)
 
 

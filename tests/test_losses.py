@@ -561,7 +561,7 @@ def test_labellers_that_do_not_fit_are_refused(checkpoint, tmp_path, capsys):
     "argv",
     [
         ["--loss", "odpo", "--rejected", "random"],
-        ["--loss", "tdpo2", "--reward-reference", "first"],
+        ["--loss", "tdpo2", "--reward-reference", "first", "--dtype", "bfloat16"],
         ["--loss", "simpo", "--filter", "fdpo", "--epochs", "2", "--labeller", "gold"],
         ["--loss", "lr-dpo", "--labeller", "RM", "--gamma", "0", "--dpo-steps", "0", "--alpha", "0"],
         ["--filter", "fdpo", "--epochs", "2", "--length", "tokens", "--alpha", "2x"],
