@@ -42,19 +42,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import model as models
 from data import jsonl, report, runs, tiny
-from data.runs import Budget, RunDirectory, out_of_memory, safe_point, say, write_rows
+from data.runs import Budget, RunDirectory, out_of_memory, safe_point, say, shard, whole, write_rows
 from model import InputError
 
 # ----------------------------------------------------------------------------------------------------------
@@ -970,30 +966,6 @@ def training_order(items, epochs, rng, keep, history):
         yield from (kept[i] for i in rng.permutation(len(kept)))
 
 
-def shard(model, settings, device):
-    """Make a model on the CPU ready for training on this process' device, in place.
-
-    Of each weight the processes keep a float32 part each (FSDP2; with one process, all of it): steps of 5e-7
-    would be lost in the rounding of bfloat16 weights. Layer by layer they meet as a copy in the dtype of the
-    arithmetic, and go again; gradients add up in float32.
-    """
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    kind = torch.device(device).type
-    offload = settings.offload == "yes"
-    if settings.offload == "auto" and kind == "cuda":
-        state = 16 * sum(p.numel() for p in model.parameters()) / runs.world()  # bytes
-        offload = state > 0.93 * torch.cuda.get_device_properties(device).total_memory
-    options = {"mesh": init_device_mesh(kind, (runs.world(),)),
-               "mp_policy": MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
-                                                 cast_forward_inputs=False)}
-    if offload and kind == "cuda":
-        options["offload_policy"] = CPUOffloadPolicy()
-    for module in (*model.layers, model):
-        fully_shard(module.float(), **options)
-    model.computes_on = torch.device(device)
-
-
 def load_to_train(directory, settings, device):
     """The checkpoint in a directory, ready for training."""
     dtype = getattr(torch, settings.dtype)
@@ -1072,28 +1044,20 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
             if step > first:
                 run.save_training(stage, model, optimizer, step, history)
             culprits = run.save_culprits(stage, model, chosen)
-            raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm {row['grad_norm']}; "
-                             "the step was not taken, and the model before it is kept. Its prompts, answers "
-                             f"and log-probs are in {culprits}; look there, or begin anew with a lower --lr")
+            raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm "
+                             f"{row['grad_norm']}; the step was not taken, and the model before it is kept. Its "
+                             f"prompts, answers and log-probs are in {culprits}; look there, or begin anew "
+                             "with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log({"stage": stage, "step": step + 1, **row, "lr": rate})
         run.log_speed(stage, time.perf_counter() - started, tokens=sum(map(len, chosen)))
 
 
-def whole(tensor):
-    """A tensor of which processes may hold parts, on each of them."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def part(tensor):
-    """This process' own part of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def snapshot(model, dtype):
     """A model in training as one to sample from."""
-    state = {name: whole(tensor).detach().to(model.device, dtype) for name, tensor in model.state_dict().items()}
+    state = {name: whole(tensor).detach().to(model.device, dtype)
+             for name, tensor in model.state_dict().items()}
     with torch.device("meta"):
         net = Transformer(model.config)
     net.load_state_dict(state, assign=True)
@@ -1156,7 +1120,7 @@ class Run(RunDirectory):
     def open(self):
         """Begin the run in its directory, or go on with it."""
         s = self.settings
-        contents = {f"contents of {key}": hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        contents = {f"contents of --{key}": hashlib.sha256(Path(name).read_bytes()).hexdigest()
                     for key, name in (("prompts", s.prompts), ("preferences", s.preferences)) if name}
         self.begin(asdict(s) | contents)
         for number, directory in enumerate(self.made):
@@ -1295,33 +1259,6 @@ class Run(RunDirectory):
         samples = [x for p in pairs for x in (p.chosen, p.rejected)]
         for x, logprob in zip(samples, self.score(what, directory, samples)):
             x.policy = logprob
-
-    def save_training(self, stage, model, optimizer, step, history):
-        """Keep what training goes on from: weights, AdamW's moments, the steps taken, fDPO's choices."""
-        tensors = {f"weight {name}": part(p) for name, p in model.named_parameters()}
-        for name, p in model.named_parameters():
-            tensors |= {f"{key} {name}": part(optimizer.state[p][key]) for key in ("exp_avg", "exp_avg_sq")}
-        self.save_state(stage, step, tensors, {"history": history})
-
-    def resume_training(self, stage, model, optimizer, history):
-        """Put back what was kept last of a training, if there is anything; returns the steps it has taken."""
-        kept = self.load_state(stage)
-        if kept is None:
-            return 0
-        step, tensors, about = kept
-        history += about["history"]
-        for p in model.parameters():  # a step of nothing makes the optimizer's state, in the right place
-            p.grad = torch.zeros_like(p)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                part(p).copy_(tensors[f"weight {name}"])
-                for key in ("exp_avg", "exp_avg_sq"):
-                    part(optimizer.state[p][key]).copy_(tensors[f"{key} {name}"])
-                optimizer.state[p]["step"].fill_(step)
-        say(f"{stage}: goes on after step {step}")
-        return step
 
     def save_culprits(self, stage, model, items):
         """What a step went wrong on, for inspection; returns the file."""

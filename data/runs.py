@@ -3,6 +3,8 @@
 What makes that simple: every file appears whole or not at all; a stage is done when its checkpoint is there;
 within a stage, finished chunks of work and the training's last checkpoint are kept in partial/; and what is
 done again comes out the same, because everything random is drawn from the seed and its place in the run.
+
+Also here, as it is not the method: several processes, what to do when memory runs out, and the dry run.
 """
 import json
 import math
@@ -21,6 +23,9 @@ except ImportError:  # Windows
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 import model as models
@@ -35,12 +40,16 @@ def join_processes(device):
     """Meet the other processes of torchrun, if it started this one. Returns the device of this process."""
     if "WORLD_SIZE" not in os.environ:
         return device
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(backend_for(device))
     return device
+
+
+def backend_for(device):
+    return "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
 
 
 def leave_processes():
@@ -68,6 +77,40 @@ def over_all(values, how="SUM"):
     total = torch.tensor(values, dtype=torch.float64)  # on the CPU, where gloo is
     dist.all_reduce(total, op=getattr(dist.ReduceOp, how))
     return total.tolist()
+
+
+def shard(model, settings, device):
+    """Make a model on the CPU ready for training on this process' device, in place.
+
+    Of each weight the processes keep a float32 part each (FSDP2; with one process, all of it): steps of 5e-7
+    would be lost in the rounding of bfloat16 weights. Layer by layer they meet as a copy in the dtype of the
+    arithmetic, and go again; gradients add up in float32.
+    """
+    if not dist.is_initialized():
+        dist.init_process_group(backend_for(device), store=dist.HashStore(), rank=0, world_size=1)
+    kind = torch.device(device).type
+    offload = settings.offload == "yes"
+    if settings.offload == "auto" and kind == "cuda":
+        state = 16 * sum(p.numel() for p in model.parameters()) / world()  # bytes
+        offload = state > 0.93 * torch.cuda.get_device_properties(device).total_memory
+    options = {"mesh": init_device_mesh(kind, (world(),)),
+               "mp_policy": MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
+                                                 cast_forward_inputs=False)}
+    if offload and kind == "cuda":
+        options["offload_policy"] = CPUOffloadPolicy()
+    for module in (*model.layers, model):
+        fully_shard(module.float(), **options)
+    model.computes_on = torch.device(device)
+
+
+def whole(tensor):
+    """A tensor of which processes may hold parts, on each of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor):
+    """This process' own part of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def lost_contact(error):
@@ -178,7 +221,8 @@ class RunDirectory:
             write(known, json.dumps(identity, indent=1) + "\n")
             return
         old = models.read_json(known)
-        differ = [f"--{key.replace('_', '-')} {old.get(key)!r}, now {identity.get(key)!r}"
+        differ = [f"{key} have changed" if " " in key else
+                  f"--{key.replace('_', '-')} {old.get(key)!r}, now {identity.get(key)!r}"
                   for key in sorted(old.keys() | identity.keys()) if old.get(key) != identity.get(key)]
         if differ:
             raise InputError(f"{self.out}: was begun with other settings ({'; '.join(differ)}); give the "
@@ -252,6 +296,33 @@ class RunDirectory:
         barrier()  # all have written
         done = known()
         return [value for i in range(count) for value in done[i]]
+
+    def save_training(self, stage, model, optimizer, step, history):
+        """Keep what training goes on from: weights, AdamW's moments, the steps taken, fDPO's choices."""
+        tensors = {f"weight {name}": part(p) for name, p in model.named_parameters()}
+        for name, p in model.named_parameters():
+            tensors |= {f"{key} {name}": part(optimizer.state[p][key]) for key in ("exp_avg", "exp_avg_sq")}
+        self.save_state(stage, step, tensors, {"history": history})
+
+    def resume_training(self, stage, model, optimizer, history):
+        """Put back what was kept last of a training, if there is anything; returns the steps it has taken."""
+        kept = self.load_state(stage)
+        if kept is None:
+            return 0
+        step, tensors, about = kept
+        history += about["history"]
+        for p in model.parameters():  # a step of nothing makes the optimizer's state, in the right place
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                part(p).copy_(tensors[f"weight {name}"])
+                for key in ("exp_avg", "exp_avg_sq"):
+                    part(optimizer.state[p][key]).copy_(tensors[f"{key} {name}"])
+                optimizer.state[p]["step"].fill_(step)
+        say(f"{stage}: goes on after step {step}")
+        return step
 
     def save_state(self, stage, step, tensors, about):
         """Keep the state of a training after a step, of each process its own part, and no older one."""
