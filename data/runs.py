@@ -53,7 +53,7 @@ def backend_for(device):
 
 
 def leave_processes():
-    if world() > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
