@@ -594,7 +594,7 @@ def test_siblings_run_from_beginning_to_end(argv, small_world, tmp_path):
 
 def test_fdpo_says_when_nothing_is_left(monkeypatch, small_world, tmp_path, capsys):
     monkeypatch.setattr(dice, "fdpo_keeps", lambda sample, chosen: False)
-    argv = [*small_world, "--filter", "fdpo", "--labeller", "gold", "--out", str(tmp_path / "out")]
+    argv = [*small_world, "--sft-steps", "20", "--filter", "fdpo", "--labeller", "gold", "--out", str(tmp_path / "out")]
     assert dice.main(argv) == 2
     assert "--filter fdpo: leaves no pair" in capsys.readouterr().err
 
