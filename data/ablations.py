@@ -137,17 +137,24 @@ def collect(out, seeds):
 
 def mean_and_error(numbers):
     """Mean and standard error of the mean."""
-    return np.mean(numbers), np.std(numbers, ddof=1) / len(numbers) ** 0.5 if len(numbers) > 1 else np.nan
+    error = np.std(numbers, ddof=1) / len(numbers) ** 0.5 if np.size(numbers) > 1 else np.nan
+    return np.mean(numbers), error
 
 
 def table(values):
-    lines = ["| arm | stage | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    """One row per arm and stage; the last column is paired: on the same seeds, at the same round."""
+    first = next(iter(ARMS))
+    names = [*COLUMNS, f"length-controlled minus {first}'s"]
+    lines = ["| arm | stage | " + " | ".join(names) + " |", "|---" * (len(names) + 2) + "|"]
     for (name, stage), columns in values.items():
-        if stage == "round-1" and name != next(iter(ARMS)):
+        if stage == "round-1" and name != first:
             continue
+        if name not in ("", first):
+            mine, theirs = (np.array(values[arm, stage]["length-controlled"]) for arm in (name, first))
+            columns = {**columns, names[-1]: mine - theirs}
         cells = []
-        for column in COLUMNS:
-            mean, error = mean_and_error(columns[column])
+        for column in names:
+            mean, error = mean_and_error(columns.get(column, np.nan))
             digits = 3 if column == "gold" else 1
             cells.append("" if np.isnan(mean) else f"{mean:.{digits}f} ± {error:.{digits}f}")
         lines.append(f"| {name} | {stage} | " + " | ".join(cells) + " |")
