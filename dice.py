@@ -162,6 +162,8 @@ class Settings:
         if self.labeller != "implicit" and self.reward_reference != "previous":
             raise InputError(f"--reward-reference {self.reward_reference}: is of the implicit reward alone; "
                              f"--labeller {self.labeller} has no reference")
+        if self.weights == "dummy" and self.model == "tiny":
+            raise InputError("--weights dummy: stands in for a --model NAME; tiny has weights of its own")
         if self.reference and self.model == "tiny":
             raise InputError(f"--reference {self.reference}: needs --model, what was trained from it")
         if self.device == "auto":

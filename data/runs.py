@@ -283,7 +283,7 @@ class RunDirectory:
         done, count = known(), math.ceil(len(items) / size)
         barrier()  # all have read before anyone writes
         mine = [i for i in range(count) if i not in done][rank()::world()]
-        with tqdm(total=len(items) * answers, desc=what, unit="answer", disable=rank() > 0,
+        with tqdm(total=len(items) * answers, desc=what, unit="answer", disable=rank() > 0, leave=answers > 1,
                   initial=sum(map(len, done.values()))) as bar:
             for i in mine:
                 safe_point()

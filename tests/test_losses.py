@@ -286,8 +286,14 @@ def test_sequence_kl_equals_a_float64_loop_in_value_and_gradient(monkeypatch):
     policy, reference = (network(LLAMA, seed).double() for seed in (0, 1))
     rng = np.random.default_rng(0)
     prompts, answers = random_ids(rng, 4, 1, 7), random_ids(rng, 5, 9, 1)
+    rows = [[], []]  # of the logits that each model makes at once
+    for net, seen in zip((policy, reference), rows):
+        real = net.logits
+        monkeypatch.setattr(net, "logits", lambda x, real=real, seen=seen: seen.append(len(x)) or real(x))
     kl = dice.sequence_logprobs_and_kl(policy, reference, prompts, answers)[1]
     kl.sum().backward()
+    assert max(rows[0]) == max(rows[1]) == 3 and sum(rows[0]) == 2 * 15  # forward and backward
+    monkeypatch.undo()
     slopes = [p.grad.clone() for p in policy.parameters()]
     policy.zero_grad()
     loop = []
@@ -453,6 +459,7 @@ def test_what_odpo_and_step_dpo_cannot_use_is_refused_by_line(
         (["--alpha", "x"], "--alpha x"),
         (["--labeller", "nobody"], "nobody: not a model directory"),
         (["--dpo-steps", "0"], "--dpo-steps 0: the implicit reward needs"),
+        (["--weights", "dummy"], "--weights dummy: stands in for a --model NAME"),
         (["--rejected", "best"], "--rejected best: choose one of worst, random"),
         (["--labeller", "gold", "--reward-reference", "first"], "--reward-reference first"),
     ],
