@@ -1047,9 +1047,9 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
                 run.save_training(stage, model, optimizer, step, history)
             culprits = run.save_culprits(stage, model, chosen)
             raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm "
-                             f"{row['grad_norm']}; the step was not taken, and the model before it is kept. Its "
-                             f"prompts, answers and log-probs are in {culprits}; look there, or begin anew "
-                             "with a lower --lr")
+                             f"{row['grad_norm']}; the step was not taken, and the model before it is kept. "
+                             f"Its prompts, answers and log-probs are in {culprits}; look there, or begin "
+                             "anew with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         run.log({"stage": stage, "step": step + 1, **row, "lr": rate})
