@@ -127,7 +127,7 @@ class Settings:
     dtype: str = knob("auto", "of the arithmetic (weights are trained in float32); auto: bfloat16 on cuda",
                       choices=("auto", "float32", "bfloat16"))
     offload: str = knob("auto", "keep weights, gradients and moments of training in main memory; auto: where "
-                                "they would fill most of the GPU's", choices=("auto", "yes", "no"))
+                                "a GPU would have less than 10 GB to spare", choices=("auto", "yes", "no"))
     recompute: str = knob("auto", "keep no activations of a layer for the backward pass, but work them out "
                                   "again; auto: above 1e9 parameters", choices=("auto", "yes", "no"))
     rows: int = knob(256, "sequences in flight while sampling", 1)

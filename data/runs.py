@@ -88,19 +88,22 @@ def shard(model, settings, device):
     """
     if not dist.is_initialized():
         dist.init_process_group(backend_for(device), store=dist.HashStore(), rank=0, world_size=1)
-    kind = torch.device(device).type
-    offload = settings.offload == "yes"
-    if settings.offload == "auto" and kind == "cuda":
-        state = 16 * sum(p.numel() for p in model.parameters()) / world()  # bytes
-        offload = state > 0.93 * torch.cuda.get_device_properties(device).total_memory
-    options = {"mesh": init_device_mesh(kind, (world(),)),
+    options = {"mesh": init_device_mesh(torch.device(device).type, (world(),)),
                "mp_policy": MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
                                                  cast_forward_inputs=False)}
-    if offload and kind == "cuda":
+    if offloads(settings, sum(p.numel() for p in model.parameters()), device):
         options["offload_policy"] = CPUOffloadPolicy()
     for module in (*model.layers, model):
         fully_shard(module.float(), **options)
     model.computes_on = torch.device(device)
+
+
+def offloads(settings, count, device):
+    """Does the state of training `count` parameters (16 bytes each: float32 weight, gradient, two moments)
+    live in main memory? By itself if it would leave less than 10 GB of the GPU's to activations."""
+    if settings.offload != "auto" or not device.startswith("cuda"):
+        return settings.offload == "yes" and device.startswith("cuda")
+    return 16 * count / world() + 10e9 > torch.cuda.get_device_properties(device).total_memory
 
 
 def whole(tensor):
@@ -403,8 +406,10 @@ def plan(run, count, sampling, scoring):
         raise InputError(f"{run.out}: the run needs about {disk / 1e9:.1f} GB of disk, and there are "
                          f"{free / 1e9:.1f} GB")
     cache = 2 * s.rows * min(c.context, prompt + s.max_new_tokens) * c.layers * c.kv_heads * c.head_size
-    need = {"sampling": (count + cache) * size, "scoring": count * size, "training": 16 * count}
-    have = torch.cuda.mem_get_info(s.device)[0] if s.device.startswith("cuda") else free_memory()
+    need = {"sampling": (count + cache) * size, "scoring": count * size, "training": 16 * count / world()}
+    if offloads(s, count, run.device):
+        need["training"] = count * size / c.layers  # a layer at a time; the rest is in main memory
+    have = torch.cuda.mem_get_info(run.device)[0] if s.device.startswith("cuda") else free_memory()
     return "\n".join((
         f"plan for {run.out}; nothing was written",
         f"data     {len(run.prompts)} prompts of {prompt:.0f} tokens, {len(run.offline)} offline pairs and "
