@@ -249,6 +249,23 @@ def test_out_of_memory_halves_the_pass_and_changes_no_result(monkeypatch, capsys
     )  # said when it is halved, and not in every step
 
 
+def test_what_a_step_had_added_up_before_memory_ran_out_is_not_counted_twice(monkeypatch):
+    real, pairs, norms, calls = dice.sequence_logprobs, random_pairs(network(LLAMA), 8), [], []
+
+    def second_pass_fails(*args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError
+        return real(*args)
+
+    for function in (real, second_pass_fails):
+        monkeypatch.setattr(dice, "sequence_logprobs", function)
+        run = Bench(batch=8, train_tokens=200)
+        train_dpo(run, network(LLAMA), pairs, lr=1e-3, steps=1)
+        norms.append(run.rows[0]["grad_norm"])
+    assert len(calls) > 3 and norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
 def test_a_pair_too_large_for_memory_is_named(monkeypatch):
     net = network(LLAMA)
     pairs = random_pairs(net, 4)
@@ -388,7 +405,7 @@ def from_files(alone, tmp_path):
         )
     return ["--model", str(alone / "dpo"), "--reference", str(alone / "sft"), "--samples", "4", "--rounds", "1",
             "--preferences", str(tmp_path / "pairs.jsonl"), "--prompts", str(tmp_path / "prompts.jsonl"),
-            "--steps", "5", "--batch", "3", "--lr", "1e-4", "--chunk", "2", "--min-valid", "0"]  # fmt: skip
+            "--steps", "5", "--batch", "3", "--train-tokens", "100", "--lr", "1e-4", "--chunk", "2", "--min-valid", "0"]  # fmt: skip
 
 
 def test_two_processes_do_what_one_does(from_files, tmp_path):
