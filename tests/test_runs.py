@@ -435,9 +435,10 @@ def test_two_processes_do_what_one_does(from_files, tmp_path):
 
 
 def test_a_killed_worker_ends_the_run_and_the_command_goes_on(from_files, tmp_path):
-    argv = [*from_files, "--steps", "9", "--save-steps", "2", "--epochs", "9"]
+    argv = [*from_files, "--steps", "20", "--save-steps", "2", "--epochs", "9"]
     process = kill.start(tmp_path, argv, small=True, processes=2)
-    while not list((tmp_path / "run" / "partial").glob("round-1.*.0-of-2.safetensors")):
+    kept = [f"partial/round-1.*.{rank}-of-2.safetensors" for rank in (0, 1)]
+    while not all(list((tmp_path / "run").glob(pattern)) for pattern in kept):
         assert process.poll() is None, (tmp_path / "log.txt").read_text()[-2000:]
         time.sleep(0.002)
     worker = next(pid for pid in children(process.pid) if environment(pid).get("RANK") == "1")
@@ -447,7 +448,7 @@ def test_a_killed_worker_ends_the_run_and_the_command_goes_on(from_files, tmp_pa
     assert "another process of this run has ended" in log or f"(pid: {worker})" in log
     kill.finish(tmp_path, argv, small=True, processes=2)
     assert "round-1: goes on after step" in (tmp_path / "log.txt").read_text()
-    assert len([row for row in runs.whole_rows(tmp_path / "run" / "metrics.jsonl") if "step" in row]) == 9
+    assert len([row for row in runs.whole_rows(tmp_path / "run" / "metrics.jsonl") if "step" in row]) == 20
 
 
 def children(pid):
