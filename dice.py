@@ -149,7 +149,7 @@ class Settings:
                 bound += f" and at most {most}" if most < math.inf else ""
                 raise InputError(f"{flag} {value}: must be {bound}")
         try:
-            alpha = 0.0 if self.alpha == "auto" else float(self.alpha.removesuffix("x"))
+            alpha, _ = read_alpha(self.alpha)
         except ValueError:
             alpha = math.nan
         if not 0 <= alpha < math.inf:
@@ -184,6 +184,11 @@ class Settings:
             if readers and self.loss not in readers and getattr(self, f.name) != f.default:
                 raise InputError(f"--{f.name.replace('_', '-')} {getattr(self, f.name)}: --loss {self.loss} "
                                  f"does not read it; it belongs to --loss {' or '.join(readers)}")
+
+
+def read_alpha(text):
+    """--alpha -> (a number, is it a multiple of alpha*?). ValueError if it is neither "auto" nor a number."""
+    return (1.0, True) if text == "auto" else (float(text.removesuffix("x")), text.endswith("x"))
 
 
 def parse_settings(argv=None):
@@ -999,8 +1004,11 @@ def mean_gradient(model, losses_of, items, settings, budget):
                 losses, stats = losses_of(model, group, settings)
                 (losses.sum() * counts * world / len(items)).backward()  # FSDP takes the mean over processes
             except RuntimeError as error:
-                if not out_of_memory(error) or world > 1:
+                if not out_of_memory(error):
                     raise
+                if world > 1:
+                    raise InputError("out of memory in training, and several processes cannot split their "
+                                     "passes on the way: begin anew with a lower --train-tokens")
                 break
             if counts:
                 sums = torch.stack([values.detach().double().sum() for values in stats.values()]).tolist()
@@ -1471,11 +1479,9 @@ def shape_and_pair(samples, settings, rng=None):
         length[i, :len(group)] = [answer_length(x, s) for x in group]
         valid[i, :len(group)] = True
     lots = rng.random(reward.shape) if s.rejected == "random" else None
-    if s.alpha == "auto" or s.alpha.endswith("x"):
-        times = 1 if s.alpha == "auto" else float(s.alpha.removesuffix("x"))
-        alpha = times * search_alpha(reward, length, valid, lots)
-    else:
-        alpha = float(s.alpha)
+    alpha, multiple = read_alpha(s.alpha)
+    if multiple:
+        alpha *= search_alpha(reward, length, valid, lots)
     for x in samples:
         x.shaped = x.reward - alpha * answer_length(x, s)
     pairs = [Pair(group[best], group[worst], "generated")

@@ -207,8 +207,8 @@ class RunDirectory:
             self.claim(identity)
             for leftover in list(self.out.rglob(".*.tmp")):  # of writes that were cut short
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            whole_rows(self.out / "timing.jsonl")
-            whole_rows(self.out / "metrics.jsonl")
+            for name in ("timing.jsonl", "metrics.jsonl"):  # and of lines
+                whole_rows(self.out / name)
         barrier()
         self.metrics = whole_rows(self.out / "metrics.jsonl")
         self.logged = {(row["stage"], row.get("step")) for row in self.metrics}
@@ -216,7 +216,7 @@ class RunDirectory:
     def claim(self, identity):
         known = self.out / "settings.json"
         if not known.exists() and self.out.exists() and (
-                not self.out.is_dir() or {path.name for path in self.out.iterdir()} - {".lock"}):
+                not self.out.is_dir() or any(path.name[0] != "." for path in self.out.iterdir())):
             raise InputError(f"{self.out}: holds files already, not a run's; choose another --out")
         self.out.mkdir(parents=True, exist_ok=True)
         self.lock()
@@ -295,9 +295,11 @@ class RunDirectory:
                 path = self.partial(f"{what}.{rank()}.jsonl")
                 append(path, {"chunk": i, "values": values})
                 models.flush(path)
+                done[i] = values
                 self.log_speed(what, time.perf_counter() - started, answers=len(values))
         barrier()  # all have written
-        done = known()
+        if world() > 1:
+            done = known()
         return [value for i in range(count) for value in done[i]]
 
     def save_training(self, stage, model, optimizer, step, history):

@@ -467,3 +467,12 @@ def status(pid):
 def environment(pid):
     with open(f"/proc/{pid}/environ") as file:
         return dict(entry.split("=", 1) for entry in file.read().split("\0") if "=" in entry)
+
+
+def test_a_run_killed_while_its_settings_were_written_begins_again(small, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".settings.json.0123.tmp").write_text('{"model": "ti')
+    run = dice.Run(dice.parse_settings([*ARGV, "--out", "run", "--device", "cpu"])[0])
+    run.open()
+    run.unlock()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "settings.json", "base"}
