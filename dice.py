@@ -1017,11 +1017,13 @@ def mean_gradient(model, losses_of, items, settings, budget):
             sums = runs.over_all([totals[name] / len(items) for name in stats])
             return dict(zip(stats, sums))
         budget.shrink(group, group[0].padded)
+        if model.computes_on:  # sharded: a pass that broke off leaves FSDP in the middle of things
+            raise runs.Shrunk
         model.zero_grad(set_to_none=True)
 
 
 def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, decay=False, keep=None):
-    """AdamW on losses_of(model, some items, settings), items being Samples or Pairs.
+    """AdamW on losses_of(model, some items, settings), items being Samples or Pairs. keep: fdpo, or None.
 
     Goes on from the stage's last checkpoint, if there is one. InputError before the step that a non-finite
     loss or gradient would spoil.
@@ -1029,7 +1031,8 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
     s, history = run.settings, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     first = run.resume_training(stage, model, optimizer, history)
-    order = training_order(items, epochs, np.random.default_rng([s.seed, *stage.encode()]), keep, history)
+    rng, keep = np.random.default_rng([s.seed, *stage.encode()]), keep and partial(keep, model)
+    order = training_order(items, epochs, rng, keep, history)
     for _ in islice(order, first * batch):  # what is behind us already
         pass
     steps = min(steps, math.ceil(epochs * len(items) / batch))
@@ -1064,6 +1067,17 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
         run.log_speed(stage, time.perf_counter() - started, tokens=sum(map(len, chosen)))
 
 
+def train_from(run, stage, directory, *what, **options):
+    """train() the model in a directory; returns it. Where memory ran out, anew from the state kept last."""
+    while True:
+        model = run.load(directory, training=True)
+        try:
+            train(run, stage, model, *what, **options)
+            return model
+        except runs.Shrunk:
+            model = None  # before the next one is loaded
+
+
 def snapshot(model, dtype):
     """A model in training as one to sample from."""
     state = {name: whole(tensor).detach().to(model.device, dtype)
@@ -1076,11 +1090,11 @@ def snapshot(model, dtype):
 
 def train_pairs(run, stage, pairs, policy, *, lr, steps, keep=None):
     """Train the model in the directory `policy` on pairs whose samples hold its log-probs; return it."""
-    s, model = run.settings, run.load(policy, training=True)
-    reference = run.load(policy) if "kl_w" in loss_inputs(s.loss) else None
-    train(run, stage, model, partial(preference_losses, reference=reference), pairs, lr=lr, steps=steps,
-          epochs=s.epochs, batch=s.batch, keep=keep and partial(keep, model))
-    return model
+    s, reference = run.settings, None
+    if "kl_w" in loss_inputs(s.loss):
+        reference = run.load(policy)
+    return train_from(run, stage, policy, partial(preference_losses, reference=reference), pairs, lr=lr,
+                      steps=steps, epochs=s.epochs, batch=s.batch, keep=keep)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1323,10 +1337,9 @@ def supervised(run):
         rows = tiny.sft_examples(s.seed)
         prompts = {text: run.prompt(text) for text in {row["prompt"] for row in rows}}
         samples = [Sample(prompts[r["prompt"]], run.tokenizer.answer(r["chosen"]), r["chosen"]) for r in rows]
-    model = run.load(run.base, training=True)
-    train(run, "sft", model, sft_losses, samples, lr=s.sft_lr, steps=s.sft_steps, batch=s.sft_batch,
-          epochs=math.ceil(s.sft_steps * s.sft_batch / len(samples)), decay=True)
-    return model
+    epochs = math.ceil(s.sft_steps * s.sft_batch / len(samples))
+    return train_from(run, "sft", run.base, sft_losses, samples, lr=s.sft_lr, steps=s.sft_steps,
+                      epochs=epochs, batch=s.sft_batch, decay=True)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -373,6 +373,10 @@ class Budget:
         say(f"out of memory in {self.what}: from here on {self.tokens} tokens in a pass, to the same result")
 
 
+class Shrunk(Exception):
+    """Memory ran out in the middle of FSDP's work: the budget is smaller now, and the model of no use."""
+
+
 def out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # CUDA, CPU
 

@@ -610,7 +610,7 @@ def test_fdpo_drops_for_good_and_trains_on_the_rest(monkeypatch):
     net, run = network(LLAMA), Bench(batch=2, epochs=3)
     pairs, seen, asked = random_pairs(net, 6), [], []
 
-    def keep(epoch, kept):
+    def keep(model, epoch, kept):
         asked.append((epoch, list(kept)))
         return [i for i in kept if i != epoch]
 

@@ -266,6 +266,47 @@ def test_what_a_step_had_added_up_before_memory_ran_out_is_not_counted_twice(mon
     assert len(calls) > 3 and norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
+class Lost(torch.autograd.Function):
+    """Memory runs out in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise torch.OutOfMemoryError
+
+
+def test_a_sharded_model_that_ran_out_of_memory_is_loaded_anew(monkeypatch):
+    """FSDP cannot be gone on with after a pass that broke off: its gradients would be wrong from then on."""
+    real, pairs, results = dice.Layer.attention, random_pairs(network(LLAMA), 16), []
+    for fails in (False, True):
+        run, passes = Bench(batch=8, train_tokens=400, epochs=2, offload="no"), []
+        run.settings.dtype = "bfloat16"
+
+        def load(directory, training, run=run):
+            net = network(LLAMA)
+            dice.shard(net, run.settings, "cpu")
+            return net
+
+        def attention(self, x, *args, fails=fails, passes=passes):
+            passes.append(self.index)
+            y = real(self, x, *args)
+            return Lost.apply(y) if fails and passes.count(1) == 3 and self.index == 1 else y
+
+        run.load = load
+        monkeypatch.setattr(dice.Layer, "attention", attention)
+        net = dice.train_from(
+            run, "dpo", "", dice.preference_losses, pairs, lr=1e-3, steps=4, epochs=2, batch=8
+        )
+        weights = torch.cat([dice.whole(p.detach()).flatten() for p in net.parameters()])
+        results.append((weights, [row["loss"] for row in run.rows[-4:]]))
+    assert run.train_budget.tokens < 400
+    assert results[0][1] == pytest.approx(results[1][1], abs=0.02) and results[0][1][-1] < 0.6
+    assert float((results[0][0] - results[1][0]).abs().mean()) < 5e-4
+
+
 def test_a_pair_too_large_for_memory_is_named(monkeypatch):
     net = network(LLAMA)
     pairs = random_pairs(net, 4)
