@@ -254,9 +254,10 @@ class Layer(nn.Module):
         self.up = nn.Linear(C, config.hidden * (2 if config.mlp == "swiglu" else 1), bias=config.mlp_bias)
         self.down = nn.Linear(config.hidden, C, bias=config.mlp_bias)
 
-    def forward(self, x, position, rope, cache=None, mask=None):
-        """x (B, T, C) at position (1 or B, T) -> (B, T, C). No mask: causal attention among these T."""
-        x = x + self.attention(self.norm1(x), position, rope, cache, mask)
+    def forward(self, x, position, rope, cache=None, sees=None):
+        """x (B, T, C) at position (1 or B, T) -> (B, T, C). sees: what of the cache, or None for causal
+        attention among these T."""
+        x = x + self.attention(self.norm1(x), position, rope, cache, sees)
         h = self.up(self.norm2(x))
         if self.config.mlp == "swiglu":
             gate, h = h.chunk(2, dim=-1)
@@ -265,7 +266,7 @@ class Layer(nn.Module):
             h = F.gelu(h, approximate="tanh")
         return x + self.down(h)
 
-    def attention(self, x, position, rope, cache, mask):
+    def attention(self, x, position, rope, cache, sees):
         B, T, _ = x.shape
         H, K, D = self.config.heads, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H+2K, T, D)
@@ -275,15 +276,11 @@ class Layer(nn.Module):
         q, k = qk.split([H, K], dim=1)
         if cache:
             cache.write(self.index, position, k, v)
-        if mask is None:
+        if sees is None:
             # Training, prefill and scoring: no mask is ever built, so that CUDA can take Flash attention.
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
         else:
-            # Subtle: the H/K query heads that share a head of keys go in as more queries (along T) of that
-            # one head, so that cached keys and values are read once and not repeated H/K times.
-            k, v = cache.read(self.index, B)  # (B, K, S, D)
-            q = q.reshape(B, K, H // K * T, D)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).view(B, H, T, D)
+            y = cache.attend(self.index, q, sees)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
 
@@ -320,12 +317,12 @@ class Transformer(nn.Module):
         b goes on at cache.length[b]. The caller moves cache.length on: it alone knows what was padding.
         """
         B, T = tokens.shape
-        position, mask = torch.arange(T, device=tokens.device)[None], None  # (1, T)
+        position, sees = torch.arange(T, device=tokens.device)[None], None  # (1, T)
         if cache:
             position = position + cache.length[:B, None]  # (B, T)
             filled, cache.used = cache.used > 0, min(cache.used + T, cache.capacity)
             if filled:
-                mask = cache.mask(position)
+                sees = cache.sees(position)
         x, rope = self.embed(tokens), None
         if self.position is not None:
             x = x + self.position(position)
@@ -336,7 +333,7 @@ class Transformer(nn.Module):
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(layer, x, position, rope, use_reentrant=False)
             else:
-                x = layer(x, position, rope, cache, mask)
+                x = layer(x, position, rope, cache, sees)
         return self.norm(x)
 
     def head_inputs(self, hidden):
@@ -373,6 +370,14 @@ def load_model(directory, device, dtype=torch.float32):
 # KV cache and sampler
 
 
+def has_ragged_attention(config, device, dtype):
+    """Is there a kernel here that looks at as many places of each row as that row has? (Flash attention 2)"""
+    if torch.device(device).type != "cuda" or dtype != torch.bfloat16 or torch.version.hip:
+        return False
+    new = torch.cuda.get_device_capability(device) >= (8, 0)
+    return new and config.head_size % 8 == 0 and config.head_size <= 256
+
+
 class KVCache:
     """Keys and values of many rows, each filled from position 0 to its own length. The sampler owns it."""
 
@@ -381,40 +386,58 @@ class KVCache:
         # Zeros, not empty: a masked place has weight 0, but fresh memory may hold NaN, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.group = config.heads // config.kv_heads  # query heads per head of keys
-        self.capacity = capacity
+        self.capacity, self.ragged = capacity, has_ragged_attention(config, device, dtype)
+        self.row = torch.arange(rows + 1, device=device)
         self.length = torch.zeros(rows, device=device, dtype=torch.long)  # valid places of each row
         self.used = 0  # no row is longer than this; the host knows it, so attention need not look further
 
     def write(self, layer, position, k, v):
         """k, v (B, K, T, D) to the places position (B, T) of the first B rows."""
-        row = torch.arange(len(position), device=position.device)[:, None]
+        row = self.row[:len(position), None]
         self.k[layer][row, position] = k.transpose(1, 2)
         self.v[layer][row, position] = v.transpose(1, 2)
 
-    def read(self, layer, rows):
-        """The places in use of the first rows: keys and values (B, K, S, D)."""
-        return (x[layer, :rows, :self.used].transpose(1, 2) for x in (self.k, self.v))
-
-    def mask(self, position):
-        """What the queries at position (B, T) see of the S places in use, 0 or -inf: (B, 1, H/K * T, S)."""
+    def sees(self, position):
+        """What attend() lets the queries at position (B, T) look at: a mask of the places in use, 0 or -inf,
+        (B, 1, 1 or T, S); with ragged attention the number of places, (B,)."""
+        if self.ragged and position.shape[1] == 1:
+            return position[:, 0].int() + 1
         place = torch.arange(self.used, device=position.device)
-        seen = place <= position[:, None, :, None]  # (B, 1, T, S)
-        mask = torch.zeros(seen.shape, device=place.device, dtype=self.k.dtype).masked_fill(~seen, -math.inf)
-        return mask if position.shape[1] == 1 else mask.repeat(1, 1, self.group, 1)  # a single row broadcasts
+        hidden = place > position[:, None, :, None]
+        return torch.zeros(hidden.shape, device=place.device, dtype=self.k.dtype).masked_fill(hidden, -math.inf)
+
+    def attend(self, layer, q, sees):
+        """Attention of q (B, H, T, D) to the first B rows -> (B, H, T, D)."""
+        B, H, T, D = q.shape
+        if sees.dim() == 1:
+            # The whole cache as one sequence of keys, in which row b has `sees` places from b * capacity on.
+            # Subtle: called by its inner name, as torch.nn.attention.varlen takes seqused_k from 2.12 on only.
+            starts = self.row[:B + 1].int()
+            k, v = (x[layer].flatten(0, 1) for x in (self.k, self.v))  # (rows * capacity, K, D)
+            y, *_ = torch.ops.aten._flash_attention_forward(
+                q[:, :, 0], k, v, starts, starts * self.capacity, 1, self.capacity,
+                dropout_p=0.0, is_causal=False, return_debug_mask=False, seqused_k=sees)
+            return y[:, :, None]
+        # Subtle: the H/K query heads that share a head of keys go in as more queries (along T) of that one
+        # head, so that cached keys and values are read once and not repeated H/K times.
+        k, v = (x[layer, :B, :self.used].transpose(1, 2) for x in (self.k, self.v))  # (B, K, S, D)
+        K = k.shape[1]
+        mask = sees if T == 1 else sees.repeat(1, 1, H // K, 1)  # the mask of one query broadcasts
+        return F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask).view(B, H, T, D)
 
     def fill(self, start, prompts, samples):
         """Put the rows of the cache prompts, each of them samples times, into the rows from start on."""
         rows = slice(start, start + len(prompts.length) * samples)
         for mine, theirs in ((self.k, prompts.k), (self.v, prompts.v)):
-            mine[:, rows, :prompts.used] = theirs.repeat_interleave(samples, dim=1)
+            mine[:, rows, :prompts.used].unflatten(1, (-1, samples)).copy_(theirs[:, :, None])
         self.length[rows] = prompts.length.repeat_interleave(samples)
         self.used = max(self.used, prompts.used)
 
     def move(self, source, target):
         """Copy whole rows over others."""
-        for x in (self.k, self.v):
-            x[:, target, :self.used] = x[:, source, :self.used]
+        for old, new in zip(source, target):  # one by one: together they would need memory in between
+            for x in (self.k, self.v):
+                x[:, new, :self.used] = x[:, old, :self.used]
         self.length[target] = self.length[source]
 
 
@@ -427,7 +450,7 @@ def pick(logits, uniform, temperature, top_p):
         # The nucleus is nearly always among the 64 likeliest tokens, which take a fraction of a sort to find.
         # But to ask if they were enough would make the host wait for a GPU: there, everything is sorted.
         V = logits.shape[-1]
-        count = V if logits.is_cuda else 64
+        count = 64 if logits.is_cpu else V
         while True:
             likeliest, token = probs.topk(min(count, V))  # in falling order
             if count >= V or (likeliest.sum(-1) >= top_p).all():
@@ -449,6 +472,16 @@ def random_numbers(seed, round, prompt, sample, count):
     return np.random.default_rng([seed, round, key, sample]).random(count, dtype=np.float32)
 
 
+def record(work, device):
+    """What work() does on a GPU as a graph to replay(): one launch instead of a thousand. Nothing is done
+    yet; addresses are taken down, so work() must find all that it needs in the same place every time."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+            work()
+    return graph
+
+
 class Flight:
     """The rows being sampled, 0 .. len(owner) - 1. When a row ends, the last one takes its place, and samples
     of waiting prompts come in behind. All state is on the device, so that a step waits for nothing."""
@@ -456,14 +489,17 @@ class Flight:
     def __init__(self, model, rows, capacity, max_new_tokens, stop_ids, temperature, top_p):
         device = model.device
         self.model, self.temperature, self.top_p = model, temperature, top_p
-        self.stop_ids = torch.tensor(stop_ids, device=device)
+        self.stop_ids = set(stop_ids)
+        self.stops = torch.zeros(model.config.vocab_size, device=device, dtype=torch.bool)  # the same, by id
+        self.stops[list(stop_ids)] = True
         self.cache = KVCache(model.config, rows, capacity, device, model.embed.weight.dtype)
         self.owner = []  # (prompt, sample) of each row
         self.token, self.count, self.limit = torch.zeros(3, rows, device=device, dtype=torch.long)
-        self.done = torch.zeros(rows, device=device, dtype=torch.bool)
+        self.done = torch.ones(rows, device=device, dtype=torch.bool)
         # One column more than an answer can have: there goes what a row draws between its end and land().
         self.answer = torch.zeros(rows, max_new_tokens + 1, device=device, dtype=torch.long)
         self.uniform = torch.zeros(rows, max_new_tokens + 1, device=device)
+        self.graphs = {}  # number of rows -> a recorded step of them
 
     def admit(self, prompts, samples, uniform, limits):
         """Prefill prompts, (index, ids) each, once, and start as many rows for each as it gets samples."""
@@ -482,7 +518,21 @@ class Flight:
 
     def step(self):
         """One more token for every row."""
-        rows = slice(0, len(self.owner))
+        if not self.cache.ragged:  # then attention depends on cache.used, and no two steps are the same
+            return self.advance(len(self.owner))
+        rows = min(1 << (len(self.owner) - 1).bit_length(), len(self.done))  # few numbers, so few graphs
+        used = min(self.cache.used + 1, self.cache.capacity)
+        if rows in self.graphs:
+            self.graphs[rows].replay()
+        else:
+            self.advance(rows)  # for real: what a kernel sets up at its first use cannot be recorded
+            self.graphs[rows] = record(partial(self.advance, rows), self.model.device)
+        self.cache.used = used
+
+    def advance(self, rows):
+        """One more token for the first rows, those that are done aside. Here the host waits for nothing, and
+        on a ragged cache does the same every time."""
+        rows = slice(0, rows)
         hidden = self.model(self.token[rows, None], self.cache)
         self.cache.length[rows] += ~self.done[rows]
         self.emit(rows, self.model.logits(hidden[:, 0]))
@@ -493,7 +543,7 @@ class Flight:
         token = self.token[rows] = pick(logits, uniform, self.temperature, self.top_p)
         self.answer[rows].scatter_(1, count[:, None], token[:, None])
         count += ~self.done[rows]
-        self.done[rows] |= torch.isin(token, self.stop_ids) | (count >= self.limit[rows])
+        self.done[rows] |= self.stops[token] | (count >= self.limit[rows])
 
     def land(self):
         """Take out the rows that have ended: a list of (owner, ids, finish)."""
@@ -501,9 +551,9 @@ class Flight:
         ended = [row for row, d in enumerate(done) if d]
         if not ended:
             return []
-        stop_ids, landed = self.stop_ids.tolist(), []
+        landed = []
         for row, count, ids in zip(ended, self.count[ended].tolist(), self.answer[ended].tolist()):
-            finish = "stop" if ids[count - 1] in stop_ids else "length"
+            finish = "stop" if ids[count - 1] in self.stop_ids else "length"
             landed.append((self.owner[row], ids[:count], finish))
         left = len(done) - len(ended)
         holes = [row for row in ended if row < left]
@@ -515,6 +565,7 @@ class Flight:
         for hole, mover in zip(holes, movers):
             self.owner[hole] = self.owner[mover]
         del self.owner[left:]
+        self.done[left:], self.cache.length[left:] = True, 0
         self.cache.used = int(self.cache.length[:left].max()) if left else 0
         return landed
 
@@ -532,7 +583,7 @@ def generate(model, prompts, samples, *, stop_ids, seed, max_new_tokens, rows, r
     capacity = min(config.context, max(map(len, prompts)) + max_new_tokens)
     flight = Flight(model, rows, capacity, max_new_tokens, stop_ids, temperature, top_p)
     # To ask a GPU which rows have ended is to wait for it, so ask only now and then.
-    steps = 16 if model.device.type == "cuda" and on_token is None else 1
+    steps = 16 if flight.cache.ragged and on_token is None else 1
     waiting = deque(enumerate(prompts))
     while waiting or flight.owner:
         room = (rows - len(flight.owner)) // samples
@@ -565,6 +616,12 @@ def pad(sequences, device):
 LOGITS = 2**24  # logits in memory at once: 64 MB of float32, those of 130 tokens of Llama-3
 
 
+def chunk_size(weight):
+    """Tokens whose logits, the product with weight (V, C), are in memory at once. On a GPU more of them: each
+    chunk reads all of the weight there."""
+    return max(1, LOGITS * (8 if weight.is_cuda else 1) // len(weight))
+
+
 class TokenLogprobs(torch.autograd.Function):
     """log softmax(hidden @ weight.T)[target]: (N, C), (V, C), (N,) -> (N,), in float32 or better.
 
@@ -575,7 +632,7 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def chunks(hidden, weight, targets):
-        size = max(1, LOGITS // len(weight))
+        size = chunk_size(weight)
         for start in range(0, len(hidden), size):
             rows = slice(start, start + size)
             logits = hidden[rows] @ weight.T  # (n, V)
@@ -646,7 +703,7 @@ def sequence_logprobs_and_kl(model, reference, prompts, answers):
                        for net, x in ((model, hidden), (reference, fixed)))  # (n, V)
         return F.kl_div(policy, ref, reduction="none", log_target=True).sum(-1)
 
-    size = max(1, LOGITS // model.config.vocab_size)
+    size = chunk_size(model.head_inputs(hidden)[1])
     kl = torch.cat([checkpoint(chunk_kl, h, f, use_reentrant=False)
                     for h, f in zip(hidden.split(size), fixed.split(size))])
     return total(TokenLogprobs.apply(*model.head_inputs(hidden), targets)), total(kl)
@@ -975,13 +1032,13 @@ def training_order(items, epochs, rng, keep, history):
 
 def load_to_train(directory, settings, device):
     """The checkpoint in a directory, ready for training."""
-    dtype = getattr(torch, settings.dtype)
-    if dtype == torch.float32 and runs.world() == 1:
-        model = load_model(directory, device)
+    model = load_model(directory, "cpu", getattr(torch, settings.dtype))
+    count = sum(p.numel() for p in model.parameters())
+    if settings.dtype == "float32" and runs.world() == 1 and not runs.offloads(settings, count, device):
+        model.to(device)
     else:
-        model = load_model(directory, "cpu", dtype)
         shard(model, settings, device)
-    large = sum(p.numel() for p in model.parameters()) > 1e9
+    large = count > 1e9
     model.recompute = settings.recompute == "yes" or (settings.recompute == "auto" and large)
     return model
 

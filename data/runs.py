@@ -6,6 +6,7 @@ done again comes out the same, because everything random is drawn from the seed 
 
 Also here, as it is not the method: several processes, what to do when memory runs out, and the dry run.
 """
+import gc
 import json
 import math
 import os
@@ -38,13 +39,13 @@ from model import InputError
 
 def join_processes(device):
     """Meet the other processes of torchrun, if it started this one. Returns the device of this process."""
-    if "WORLD_SIZE" not in os.environ:
-        return device
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group(backend_for(device))
+    if "WORLD_SIZE" in os.environ:
+        if device == "cuda":
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        if not dist.is_initialized():
+            dist.init_process_group(backend_for(device))
+    if ":" in device:
+        torch.cuda.set_device(device)  # FSDP takes the current one
     return device
 
 
@@ -54,6 +55,7 @@ def backend_for(device):
 
 def leave_processes():
     if dist.is_initialized():
+        gc.collect()  # FSDP's models, in circles, hold threads of the group: left over, they abort the process
         dist.destroy_process_group()
 
 
@@ -91,9 +93,12 @@ def shard(model, settings, device):
     options = {"mesh": init_device_mesh(torch.device(device).type, (world(),)),
                "mp_policy": MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
                                                  cast_forward_inputs=False)}
-    if offloads(settings, sum(p.numel() for p in model.parameters()), device):
-        options["offload_policy"] = CPUOffloadPolicy()
-    for module in (*model.layers, model):
+    if offloads(settings, sum(p.numel() for p in model.parameters()), device):  # pinned: copied beside the work
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.startswith("cuda"))
+    groups = [*model.layers, model]  # what meets at once; the embedding apart, unless the head needs it too
+    if model.head is not None:
+        groups.insert(0, model.embed)
+    for module in groups:
         fully_shard(module.float(), **options)
     model.computes_on = torch.device(device)
 
@@ -102,7 +107,7 @@ def offloads(settings, count, device):
     """Does the state of training `count` parameters (16 bytes each: float32 weight, gradient, two moments)
     live in main memory? By itself if it would leave less than 10 GB of the GPU's to activations."""
     if settings.offload != "auto" or not device.startswith("cuda"):
-        return settings.offload == "yes" and device.startswith("cuda")
+        return settings.offload == "yes"
     return 16 * count / world() + 10e9 > torch.cuda.get_device_properties(device).total_memory
 
 

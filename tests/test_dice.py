@@ -252,6 +252,59 @@ def test_samples_end_with_a_stop_token_or_at_the_limit_and_differ():
     assert len({found[0, k][0][0] for k in range(16)}) > 4  # the first token is drawn for each sample
 
 
+class Recorded:
+    """A CUDA graph without CUDA: does the work again."""
+
+    def __init__(self, work, device):
+        self.replay = work
+
+
+def ragged_attention(
+    q, k, v, starts, k_starts, longest_q, longest_k, *, dropout_p, is_causal, return_debug_mask, seqused_k
+):
+    """What torch documents of varlen_attn, row by row in float64: sequence b has the queries from starts[b] on
+    and the keys from k_starts[b] on, of which seqused_k[b] count."""
+    assert not (dropout_p or is_causal or return_debug_mask) and q.shape[0] == int(starts[-1])
+    assert {x.dtype for x in (starts, k_starts, seqused_k)} == {torch.int32}
+    rows, group = [], q.shape[1] // k.shape[1]
+    for b in range(len(starts) - 1):
+        assert 0 < seqused_k[b] <= k_starts[b + 1] - k_starts[b] == longest_k and longest_q == 1
+        here = slice(int(k_starts[b]), int(k_starts[b] + seqused_k[b]))
+        for head, query in enumerate(q[b].double()):
+            keys, values = (x[here, head // group].double() for x in (k, v))  # (S, D)
+            rows.append((keys @ query / len(query) ** 0.5).softmax(0) @ values)
+    return torch.stack(rows).view_as(q).to(q.dtype), None, None, None, None
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The sampler takes CUDA's way: ragged attention, recorded steps of few sizes, a look now and then."""
+    monkeypatch.setattr(dice, "has_ragged_attention", lambda config, device, dtype: True)
+    monkeypatch.setattr(dice, "record", Recorded)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", ragged_attention)
+
+
+@FAMILIES
+def test_ragged_attention_and_recorded_steps_draw_the_same(config, request):
+    net, prompts = network(config), random_ids(np.random.default_rng(0), 5, 1, 17, 30, 9, 2)
+    options = dict(rows=12, stop_ids=range(7))
+    known = sample_all(net, prompts, 4, **options)
+    request.getfixturevalue("as_on_a_gpu")
+    assert sample_all(net, prompts, 4, **options) == known
+
+
+def test_a_step_on_a_gpu_waits_for_nothing(monkeypatch):
+    """On the device "meta" there are shapes and no numbers: whoever asks for one fails. The attention is torch's."""
+    monkeypatch.setattr(dice, "has_ragged_attention", lambda config, device, dtype: True)
+    with torch.device("meta"):
+        net = dice.Transformer(LLAMA3).bfloat16()
+    for top_p in (1.0, 0.9):
+        flight = dice.Flight(net, 8, 60, 30, [1, 2], 0.9, top_p)
+        flight.owner, flight.cache.used = [(0, 0)] * 6, 5
+        flight.advance(8)
+        assert flight.token.shape == (8,)
+
+
 def test_each_prompt_is_prefilled_once(monkeypatch):
     net, prompts, seen = network(LLAMA), random_ids(np.random.default_rng(0), 5, 9, 7), []
     forward = net.forward
