@@ -402,16 +402,15 @@ class KVCache:
         (B, 1, 1 or T, S); with ragged attention the number of places, (B,)."""
         if self.ragged and position.shape[1] == 1:
             return position[:, 0].int() + 1
-        place = torch.arange(self.used, device=position.device)
-        hidden = place > position[:, None, :, None]
-        return torch.zeros(hidden.shape, device=place.device, dtype=self.k.dtype).masked_fill(hidden, -math.inf)
+        hidden = torch.arange(self.used, device=position.device) > position[:, None, :, None]
+        return self.k.new_zeros(hidden.shape).masked_fill(hidden, -math.inf)
 
     def attend(self, layer, q, sees):
         """Attention of q (B, H, T, D) to the first B rows -> (B, H, T, D)."""
         B, H, T, D = q.shape
         if sees.dim() == 1:
-            # The whole cache as one sequence of keys, in which row b has `sees` places from b * capacity on.
-            # Subtle: called by its inner name, as torch.nn.attention.varlen takes seqused_k from 2.12 on only.
+            # The cache as one long sequence, of which row b has sees[b] places from b * capacity on.
+            # Called by its inner name: torch.nn.attention.varlen knows no seqused_k before torch 2.12.
             starts = self.row[:B + 1].int()
             k, v = (x[layer].flatten(0, 1) for x in (self.k, self.v))  # (rows * capacity, K, D)
             y, *_ = torch.ops.aten._flash_attention_forward(
@@ -1321,7 +1320,7 @@ class Run(RunDirectory):
                 if self.rows <= count:
                     raise InputError(f"out of memory with the {count} samples of one prompt; lower --samples "
                                      "or --max-new-tokens")
-                self.rows = max(count, self.rows // 2)
+                self.rows = max(count, self.rows * 3 // 4)
                 say(f"out of memory in sampling: from here on with {self.rows} sequences in flight")
 
         drawn = self.in_chunks(what, prompts, s.chunk, work_within_memory, count)

@@ -166,9 +166,10 @@ def gpt2(size, layers, width, settings):
 
 
 NAMES = {
-    "tiny": Named("", None, dict(
-        temperature=1.0, top_p=0.9, max_new_tokens=96, rows=512, chunk=256, batch=16, steps=32, epochs=2,
-        lr=6e-5, warmup=0, sft_steps=1400, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5, train_tokens=8192)),
+    "tiny": Named("", None, dict(  # so small that a GPU is no faster
+        device="cpu", temperature=1.0, top_p=0.9, max_new_tokens=96, rows=512, chunk=256, batch=16, steps=32,
+        epochs=2, lr=6e-5, warmup=0, sft_steps=1400, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5,
+        train_tokens=8192)),
     "llama3-8b": Named("princeton-nlp/Llama-3-Base-8B-SFT-DPO", LLAMA3_8B,
                        WIDE | dict(reference="llama3-8b-sft", chat="llama3")),
     "llama3-8b-sft": Named("princeton-nlp/Llama-3-Base-8B-SFT", LLAMA3_8B, WIDE | dict(chat="llama3")),

@@ -55,7 +55,7 @@ def backend_for(device):
 
 def leave_processes():
     if dist.is_initialized():
-        gc.collect()  # FSDP's models, in circles, hold threads of the group: left over, they abort the process
+        gc.collect()  # a model left over holds threads of the group, and the process would end in an abort
         dist.destroy_process_group()
 
 
@@ -93,7 +93,7 @@ def shard(model, settings, device):
     options = {"mesh": init_device_mesh(torch.device(device).type, (world(),)),
                "mp_policy": MixedPrecisionPolicy(getattr(torch, settings.dtype), torch.float32,
                                                  cast_forward_inputs=False)}
-    if offloads(settings, sum(p.numel() for p in model.parameters()), device):  # pinned: copied beside the work
+    if offloads(settings, sum(p.numel() for p in model.parameters()), device):
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.startswith("cuda"))
     groups = [*model.layers, model]  # what meets at once; the embedding apart, unless the head needs it too
     if model.head is not None:

@@ -13,7 +13,8 @@ and the keys and values of every row, at the rate of a large copy, where that is
 
     sampling    K = 16 answers for each prompt. Weights are random and one id in so many is a stop id, so at
                 temperature 1 lengths are geometric, on both sides: a mean of 100 and a limit of 512 tokens
-                (llama3-8b: prompts of 50-1000, a mean of 400, a limit of 2048, 256 rows in flight)
+                (llama3-8b: prompts of 50-1000, a mean of 400, a limit of 2048, 256 rows in flight;
+                `generate` has no way to keep its batch full and gets 8 of the 128 prompts, 128 rows)
     scoring     log-probs of answers with such lengths; transformers: a plain forward of padded rows
     training    DPO, batch 8, prompts of 20-80 and answers of 10-400 tokens (llama3-8b: 50-1000 and 10-1000).
                 Ours includes scoring the reference first; trl's is DPOTrainer with its defaults but float32,
@@ -41,14 +42,18 @@ import dice
 import model as models
 from data import tiny
 
+# Lengths of prompts, answers and pairs; numbers of prompts to sample for (ours, theirs) and to score; pairs
 SMALL = dict(prompt=(20, 200), mean=100, limit=512, rows=10**6, pair=((20, 80), (10, 400)))
 LARGE = dict(prompt=(50, 1000), mean=400, limit=2048, rows=256, pair=((50, 1000), (10, 1000)))
 SHAPES = {  # the network, and the work for it
     "1m": (models.Config(vocab_size=4096, context=1024, layers=2, width=128, heads=4, kv_heads=2,
-                         head_size=32, hidden=384, tied=True), SMALL | dict(prompts=2, pairs=8)),
+                         head_size=32, hidden=384, tied=True),
+           SMALL | dict(prompts=2, theirs=2, scored=2, pairs=8)),
     "25m": (models.Config(vocab_size=32000, context=1024, layers=8, width=384, heads=8, kv_heads=4,
-                          head_size=48, hidden=1024, tied=True), SMALL | dict(prompts=8, pairs=40)),
-    "llama3-8b": (models.NAMES["llama3-8b"].shape, LARGE | dict(prompts=32, pairs=64)),
+                          head_size=48, hidden=1024, tied=True),
+            SMALL | dict(prompts=8, theirs=8, scored=8, pairs=40)),
+    "llama3-8b": (models.NAMES["llama3-8b"].shape,
+                  LARGE | dict(prompts=128, theirs=8, scored=32, pairs=64)),
 }
 K, BATCH = 16, 8
 
@@ -75,7 +80,7 @@ def answers_of(config, sizes):
     """(prompt, answer) ids to score."""
     rng = np.random.default_rng(1)
     return [(prompt, ids(rng, config, sizes, min(sizes["limit"], rng.geometric(1 / sizes["mean"]))))
-            for prompt in prompts_of(config, sizes) for _ in range(K)]
+            for prompt in prompts_of(config, sizes)[:sizes["scored"]] for _ in range(K)]
 
 
 def pairs_of(config, sizes):
@@ -127,7 +132,9 @@ def training_result(config, pairs, loss):
 
 
 def our_settings(args):
-    return dice.Settings(device=args.device, dtype=name_of(dtype_of(args)), batch=BATCH)
+    named = models.SETTINGS.get(args.model_shape, {})
+    passes = {key: named[key] for key in ("score_tokens", "train_tokens") if key in named}
+    return dice.Settings(device=args.device, dtype=name_of(dtype_of(args)), batch=BATCH, **passes)
 
 
 def our_samples(rows):
@@ -180,7 +187,7 @@ def their_model(args):
 
 @torch.inference_mode()
 def their_sampling(args, config, sizes):
-    net, prompts = their_model(args), prompts_of(config, sizes)
+    net, prompts = their_model(args), prompts_of(config, sizes)[:sizes["theirs"]]
     width, stops = max(map(len, prompts)), stop_ids(config, sizes)
     # padded on the left
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=args.device)
@@ -322,15 +329,17 @@ def table(args):
     if args.device != "cpu":
         torch.cuda.empty_cache()
     print(f"{args.model_shape}, {name_of(dtype_of(args))}, {args.device}, {torch.get_num_threads()} threads,"
-          f" torch {torch.__version__}; a large matrix product runs at {rate / 1e9:.0f} GFLOP/s, a large copy at"
-          f" {copies / 1e9:.0f} GB/s\n")
-    print("| task | who | useful tokens/s | dice is faster by | peak memory | share of the floor | |")
-    print("|---|---|---|---|---|---|---|")
+          f" torch {torch.__version__}; a large matrix product runs at {rate / 1e9:.0f} GFLOP/s, a large"
+          f" copy at {copies / 1e9:.0f} GB/s\n")
+    print("| task | who | useful tokens/s | at the floor | share | dice is faster by | peak memory | |")
+    print("|---|---|---|---|---|---|---|---|")
     for task, sides in WORK.items():
+        if args.task not in (None, task):
+            continue
         ours = None
         for who, (_, package) in sides.items():
             if package and not importlib.util.find_spec(package):
-                print(f"| {task} | {who} | | | | | {package} is not installed |")
+                print(f"| {task} | {who} | | | | | | {package} is not installed |")
                 continue
             result = subprocess.run(
                 [sys.executable, __file__, "--only", f"{task}/{who}", "--weights", str(args.weights),
@@ -340,14 +349,14 @@ def table(args):
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
             if result.returncode:
                 error = (result.stderr.strip().splitlines() or ["killed"])[-1][:80]
-                print(f"| {task} | {who} | | | | | failed: {error} |", flush=True)
+                print(f"| {task} | {who} | | | | | | failed: {error} |", flush=True)
                 continue
             line = json.loads(result.stdout.strip().splitlines()[-1])
             speed = line["tokens"] / line["seconds"]
             ours = ours or speed
             floor = max(line["flops"] / rate, line.get("numbers", 0) * dtype_of(args).itemsize / copies)
-            print(f"| {task} | {who} | {speed:,.0f} | {ours / speed:.2f}x | {line['memory'] / 2**30:.2f} GB "
-                  f"| {floor / line['seconds']:.0%} "
+            print(f"| {task} | {who} | {speed:,.0f} | {line['tokens'] / floor:,.0f} "
+                  f"| {floor / line['seconds']:.0%} | {ours / speed:.2f}x | {line['memory'] / 1e9:.2f} GB "
                   f"| {line['note']}, {line['seconds']:.1f} s |", flush=True)
 
 
@@ -357,6 +366,7 @@ def main():
     add = parser.add_argument
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--model-shape", choices=SHAPES, default="25m", help="(default: 25m)")
+    add("--task", choices=WORK, help="this one alone (default: all)")
     add("--repeat", type=int, default=1, help="do the work so often, report the fastest (default: 1)")
     add("--threads", type=int, default=0, help="threads of torch (default: torch's own choice)")
     add("--only", metavar="TASK/WHO", help=argparse.SUPPRESS)

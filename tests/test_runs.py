@@ -404,21 +404,21 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path):
 
 
 def moved(
-    pairs, steps=100, dtype="float32", sharded=False, recompute=False, masters=True, offload="no", config=LLAMA
-):
+    pairs, steps=100, dtype="float32", sharded=False, recompute=False, masters=True, offload="no",
+    config=LLAMA, device="cpu",
+):  # fmt: skip
     """How far 100 steps move the weights of a small network, (parameters,); and the logged rows."""
     net = network(config)
     before = torch.cat([p.detach().flatten() for p in net.parameters()])
     run = Bench(batch=8, epochs=20, train_tokens=300)
     run.settings.dtype, run.settings.offload, net.recompute = dtype, offload, recompute
     if sharded:
-        dice.shard(net, run.settings, "cpu")
+        dice.shard(net, run.settings, device)
     elif not masters:
         net = net.bfloat16()
     train_dpo(run, net, pairs, lr=1e-5, steps=steps)
-    return torch.cat(
-        [dice.whole(p.detach()).float().flatten() for p in net.parameters()]
-    ) - before, run.rows
+    after = torch.cat([dice.whole(p.detach()).cpu().float().flatten() for p in net.parameters()])
+    return after - before, run.rows
 
 
 def test_bfloat16_arithmetic_with_float32_masters_follows_float32_training():

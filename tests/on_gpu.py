@@ -1,0 +1,114 @@
+"""What only a GPU can show. Not collected with the suite, which leaves GPUs alone; on a machine with one:
+
+    python -m pytest -q tests/on_gpu.py
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_dice import Recorded, network, ragged_attention, random_ids, random_pairs, sample_all
+from test_runs import LLAMA, moved
+
+import dice
+from data import runs, tiny
+from model import Config
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+DICE = Path(__file__).resolve().parent.parent / "dice.py"
+SHAPES = {
+    "grouped": Config(
+        vocab_size=512, context=512, layers=4, width=256, heads=8, kv_heads=2, head_size=64, hidden=512
+    ),
+    "wide heads": Config(
+        vocab_size=512, context=512, layers=4, width=256, heads=4, kv_heads=1, head_size=128, hidden=512
+    ),
+    "gpt2": Config(512, 512, 4, 256, 4, 4, 64, 512, "learned", "layer", "gelu", True, True, True, True),
+}
+every_shape = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
+
+
+def on_gpu(config):
+    return network(config).bfloat16().to("cuda")
+
+
+@every_shape
+def test_ragged_attention_is_what_the_suite_takes_it_for(config):
+    cache = dice.KVCache(config, 300, 400, "cuda", torch.bfloat16)
+    assert cache.ragged
+    cache.k.normal_(), cache.v.normal_()
+    for rows in (1, 7, 300):
+        position = torch.randint(0, 400, (rows, 1), device="cuda")
+        q = torch.randn(rows, config.heads, 1, config.head_size, device="cuda", dtype=torch.bfloat16)
+        ours = cache.attend(2, q, cache.sees(position)).float()
+        starts = cache.row[: rows + 1].int()
+        exact, *_ = ragged_attention(
+            q[:, :, 0], *(x[2].flatten(0, 1) for x in (cache.k, cache.v)), starts, starts * 400, 1, 400,
+            dropout_p=0.0, is_causal=False, return_debug_mask=False, seqused_k=position[:, 0].int() + 1,
+        )  # fmt: skip
+        torch.testing.assert_close(ours[:, :, 0], exact.float(), atol=0.02, rtol=0.02)
+
+
+@every_shape
+def test_recorded_steps_draw_what_the_steps_draw(config, monkeypatch):
+    net, rng = on_gpu(config), np.random.default_rng(0)
+    prompts = random_ids(rng, *rng.integers(1, 300, 20), vocab=512)
+    for options in ({}, {"top_p": 0.9}, {"temperature": 0.0}):
+        options |= dict(rows=48, max_new_tokens=150, stop_ids=range(4))
+        recorded = sample_all(net, prompts, 8, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(dice, "record", Recorded)
+            assert sample_all(net, prompts, 8, **options) == recorded
+        assert len({len(ids) for ids, _ in recorded.values()}) > 5
+
+
+@every_shape
+@torch.no_grad()
+def test_log_probs_agree_with_float32_and_with_the_sampler(config):
+    """Of greedy answers: each token must be the likeliest in the scoring pass too, within 0.2 nats; summed
+    log-probs are those of the CPU in float32 within 0.02 nats a token on average."""
+    net, rng = on_gpu(config), np.random.default_rng(0)
+    prompts = random_ids(rng, *rng.integers(1, 300, 12), vocab=512)
+    found = sample_all(net, prompts, 1, temperature=0, max_new_tokens=100, stop_ids=())
+    samples = [dice.Sample(dice.Prompt("", prompts[i]), ids, "") for (i, _), (ids, _) in found.items()]
+    for x in samples:
+        tokens = torch.tensor([x.prompt.ids + x.tokens], device="cuda")
+        logprobs = net.logits(net(tokens))[0].float().log_softmax(-1)[len(x.prompt.ids) - 1 : -1]
+        drawn = logprobs.gather(1, torch.tensor(x.tokens, device="cuda")[:, None])[:, 0]
+        assert float((logprobs.amax(-1) - drawn).max()) < 0.2
+    budget = dice.Budget(2000, "scoring")
+    ours, exact = (np.array(dice.score(m, samples, budget)) for m in (net, network(config)))
+    assert np.mean(np.abs(ours - exact) / [len(x.tokens) for x in samples]) < 0.02
+
+
+def test_training_follows_float32_wherever_its_state_is():
+    pairs = random_pairs(network(LLAMA), 64)
+    exact, _ = moved(pairs)
+    for offload in ("no", "yes"):
+        close, _ = moved(
+            pairs, dtype="bfloat16", sharded=True, recompute=True, offload=offload, device="cuda"
+        )
+        assert float((close - exact).norm() / exact.norm()) < 0.03, offload
+
+
+@pytest.mark.parametrize("processes", [0, torch.cuda.device_count()])
+@pytest.mark.parametrize("offload", ["no", "yes"])
+def test_a_run_from_a_name_to_its_last_checkpoint(processes, offload, tmp_path):
+    """Without torchrun, and with a process for each GPU."""
+    runs.write_rows(tmp_path / "pairs.jsonl", tiny.preferences(0)[:200])
+    runs.write_rows(tmp_path / "prompts.jsonl", ({"prompt": x} for x in tiny.training_prompts(0)[:24]))
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
+    result = subprocess.run(
+        [sys.executable, *launch, DICE, "--model", "smollm2-135m", "--weights", "dummy", "--sft-steps", "3",
+         "--sft-batch", "4", "--batch", "4", "--dpo-steps", "3", "--steps", "3", "--rounds", "2",
+         "--samples", "8", "--chunk", "8", "--min-valid", "0", "--max-new-tokens", "200",
+         "--offload", offload, "--out", tmp_path / "out",
+         "--preferences", tmp_path / "pairs.jsonl", "--prompts", tmp_path / "prompts.jsonl"],
+        capture_output=True, text=True, env=os.environ)  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert (tmp_path / "out/round-2/policy/model.safetensors").exists()
