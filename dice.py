@@ -519,7 +519,8 @@ class Flight:
         """One more token for every row."""
         if not self.cache.ragged:  # then attention depends on cache.used, and no two steps are the same
             return self.advance(len(self.owner))
-        rows = min(1 << (len(self.owner) - 1).bit_length(), len(self.done))  # few numbers, so few graphs
+        rows = max(16, 1 << (len(self.owner) - 1).bit_length())  # few numbers, so few graphs
+        rows = min(rows, len(self.done))
         used = min(self.cache.used + 1, self.cache.capacity)
         if rows in self.graphs:
             self.graphs[rows].replay()
@@ -1320,7 +1321,7 @@ class Run(RunDirectory):
                 if self.rows <= count:
                     raise InputError(f"out of memory with the {count} samples of one prompt; lower --samples "
                                      "or --max-new-tokens")
-                self.rows = max(count, self.rows * 3 // 4)
+                self.rows = max(count, self.rows * 3 // 4 // count * count)
                 say(f"out of memory in sampling: from here on with {self.rows} sequences in flight")
 
         drawn = self.in_chunks(what, prompts, s.chunk, work_within_memory, count)
