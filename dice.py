@@ -347,13 +347,17 @@ class Transformer(nn.Module):
 
 def new_model(config, seed):
     """Random weights as GPT-2 draws them: normal(0, 0.02), smaller for what is added to the residual."""
-    net, generator = Transformer(config), torch.Generator().manual_seed(seed)
-    for name, p in net.named_parameters():
+    generator = torch.Generator().manual_seed(seed)
+    with torch.device("meta"):  # shapes alone: PyTorch's own random weights would take as long again
+        net = Transformer(config)
+    for name, p in net.to_empty(device="cpu").named_parameters():
         if p.dim() == 2:
             deep = name.endswith(("out.weight", "down.weight"))
             nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.layers) if deep else 0.02, generator=generator)
         elif name.endswith("bias"):
             nn.init.zeros_(p)
+        else:  # of a norm
+            nn.init.ones_(p)
     return net
 
 
@@ -1087,7 +1091,7 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
     """
     s, history = run.settings, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    first = run.resume_training(stage, model, optimizer, history)
+    first = kept = run.resume_training(stage, model, optimizer, history)
     rng, keep = np.random.default_rng([s.seed, *stage.encode()]), keep and partial(keep, model)
     order = training_order(items, epochs, rng, keep, history)
     for _ in islice(order, first * batch):  # what is behind us already
@@ -1095,8 +1099,9 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
     steps = min(steps, math.ceil(epochs * len(items) / batch))
     for step in tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps):
         stop = runs.over_all(float(bool(runs.STOP)), "MAX")  # all processes, or none
-        if step > first and (stop or step % s.save_steps == 0):
+        if step > kept and (stop or step % s.save_steps == 0):
             run.save_training(stage, model, optimizer, step, history)
+            kept = step
         if stop:
             raise runs.Interrupted
         chosen = [items[i] for i in islice(order, batch)]
@@ -1111,7 +1116,7 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
         row["grad_norm"] = float(whole(nn.utils.clip_grad_norm_(model.parameters(), s.clip)))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             optimizer.zero_grad(set_to_none=True)
-            if step > first:
+            if step > kept:
                 run.save_training(stage, model, optimizer, step, history)
             culprits = run.save_culprits(stage, model, chosen)
             raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm "

@@ -148,7 +148,7 @@ class Named:
 LLAMA3_8B = Config(128256, 8192, 32, 4096, 32, 8, 128, 14336, rope_theta=500000.0)
 MISTRAL_7B = Config(32000, 4096, 32, 4096, 32, 8, 128, 14336)
 PAPER = dict(prompts="data/uf-10k/prompt.json", preferences="data/uf-10k/preference.json")
-WIDE = PAPER | dict(chunk=256, score_tokens=32768, train_tokens=8192)  # for cards of 80 GB and more
+WIDE = PAPER | dict(chunk=256, score_tokens=8192, train_tokens=8192)  # for cards of 80 GB and more
 # Bases: SFT on the chosen answers of the paper's 10k pairs (3 epochs), DPO on the pairs (1 epoch), DICE on
 # their prompts. Lengths and rows are for cards of 24 GB (gpt2-xl: 48); the smallest take larger steps.
 # These are usual values, not tuned here.
@@ -613,8 +613,8 @@ def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tenso
 def write_checkpoint(directory, config: Config, state: dict[str, torch.Tensor], tokenizer, dtype=None):
     """Write a directory that transformers and vLLM load: config, weights (dtype None: as is), tokenizer.
 
-    It is written beside its final place, flushed, then renamed: a crash leaves nothing half-written under
-    this name. Raises InputError if the directory exists, ValueError if `state` does not fit `config`.
+    It is whole or not there. Raises InputError if the directory exists, ValueError if `state` does not fit
+    `config`.
     """
     directory = Path(directory)
     need(not directory.exists(), f"{directory}: already exists and is not overwritten; choose another place")
@@ -626,9 +626,7 @@ def write_checkpoint(directory, config: Config, state: dict[str, torch.Tensor], 
     kind = str(dtype or state["embed.weight"].dtype).removeprefix("torch.")
     fields["dtype" if "dtype" in fields else "torch_dtype"] = kind
     bos, eos = {"bos_token_id": tokenizer.bos}, {"eos_token_id": list(tokenizer.stop_ids)}
-    scratch = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
-    scratch.mkdir(parents=True)
-    try:
+    with whole_directory(directory) as scratch:
         tokenizer.save(scratch)
         write_json(scratch / "config.json", bos | eos | fields)
         generation = read_json(scratch / "generation_config.json")
@@ -636,13 +634,6 @@ def write_checkpoint(directory, config: Config, state: dict[str, torch.Tensor], 
         if not set(tokenizer.stop_ids) <= set(known if isinstance(known, list) else [known]):
             write_json(scratch / "generation_config.json", bos | generation | eos)
         write_weights(scratch, config, state, dtype)
-        for path in (*scratch.iterdir(), scratch):
-            flush(path)
-        os.rename(scratch, directory)
-        flush(directory.parent)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def write_weights(directory: Path, config: Config, state, dtype):
@@ -688,16 +679,31 @@ def write_file(path: Path, write):
         raise
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], about: dict):
-    """Tensors of any names, and a JSON object about them, in one safetensors file."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_file(path, lambda scratch: save_file(tensors, scratch, metadata={"about": json.dumps(about)}))
+@contextmanager
+def whole_directory(directory: Path):
+    """Gives a directory beside its place to write into; at the end it is flushed and renamed."""
+    scratch = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for path in (*scratch.iterdir(), scratch):
+            flush(path)
+        os.rename(scratch, directory)
+        flush(directory.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]):
+    """Tensors of any names in a safetensors file."""
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """What write_tensors wrote."""
     with open_safetensors(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["about"])
+        return {name: file.get_tensor(name) for name in file.keys()}
 
 
 def write_json(path: Path, value: dict):

@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 try:
@@ -42,8 +43,8 @@ def join_processes(device):
     if "WORLD_SIZE" in os.environ:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
-        if not dist.is_initialized():
-            dist.init_process_group(backend_for(device))
+        if not dist.is_initialized():  # one may wait long for another's chunk; who is gone is noticed at once
+            dist.init_process_group(backend_for(device), timeout=timedelta(days=7))
     if ":" in device:
         torch.cuda.set_device(device)  # FSDP takes the current one
     return device
@@ -308,56 +309,52 @@ class RunDirectory:
         return [value for i in range(count) for value in done[i]]
 
     def save_training(self, stage, model, optimizer, step, history):
-        """Keep what training goes on from: weights, AdamW's moments, the steps taken, fDPO's choices."""
-        tensors = {f"weight {name}": part(p) for name, p in model.named_parameters()}
-        for name, p in model.named_parameters():
-            tensors |= {f"{key} {name}": part(optimizer.state[p][key]) for key in ("exp_avg", "exp_avg_sq")}
-        self.save_state(stage, step, tensors, {"history": history})
+        """Keep what training goes on from after a step, and nothing older: weights, AdamW's moments, fDPO's
+        choices. Each process keeps its own part, parameter by parameter: all at once may be more than main
+        memory."""
+        if rank() == 0:
+            models.flush(self.out / "metrics.jsonl")  # no row may be lost where what comes after it is kept
+        shutil.rmtree(self.state(stage, step), ignore_errors=True)  # of a process that was ahead when killed
+        with models.whole_directory(self.state(stage, step)) as scratch:
+            models.write_json(scratch / "about.json", {"history": history})
+            for name, p in model.named_parameters():
+                models.write_tensors(scratch / f"{name}.safetensors", self.trained(p, optimizer))
+        barrier()
+        for older in self.states(stage):
+            if older != step:
+                shutil.rmtree(self.state(stage, older))
 
     def resume_training(self, stage, model, optimizer, history):
-        """Put back what was kept last of a training, if there is anything; returns the steps it has taken."""
-        kept = self.load_state(stage)
-        if kept is None:
+        """Put back what all processes kept last of a training, if anything; returns the steps it took."""
+        step = int(min(over_all([float(max(self.states(stage), default=-1))], "MIN")))
+        if step < 0:
             return 0
-        step, tensors, about = kept
-        history += about["history"]
+        kept = self.state(stage, step)
+        history += models.read_json(kept / "about.json")["history"]
         for p in model.parameters():  # a step of nothing makes the optimizer's state, in the right place
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                part(p).copy_(tensors[f"weight {name}"])
-                for key in ("exp_avg", "exp_avg_sq"):
-                    part(optimizer.state[p][key]).copy_(tensors[f"{key} {name}"])
+                tensors = models.read_tensors(kept / f"{name}.safetensors")
+                for key, tensor in self.trained(p, optimizer).items():
+                    tensor.copy_(tensors[key])
                 optimizer.state[p]["step"].fill_(step)
         say(f"{stage}: goes on after step {step}")
         return step
 
-    def save_state(self, stage, step, tensors, about):
-        """Keep the state of a training after a step, of each process its own part, and no older one."""
-        if rank() == 0:
-            models.flush(self.out / "metrics.jsonl")  # no row may be lost where what comes after it is kept
-        models.write_tensors(self.state(stage, step), tensors, about)
-        barrier()
-        for older in self.states(stage):
-            if older != step:
-                self.state(stage, older).unlink()
-
-    def load_state(self, stage):
-        """(step, tensors, about) of the last state that all processes have kept, or None."""
-        mine = self.states(stage)
-        last = min(over_all([float(max(mine, default=-1))], "MIN"))
-        if last < 0:
-            return None
-        return int(last), *models.read_tensors(self.state(stage, int(last)))
+    @staticmethod
+    def trained(p, optimizer):
+        """A parameter and AdamW's moments of it, as far as they are this process' own."""
+        return {"weight": part(p)} | {key: part(optimizer.state[p][key]) for key in ("exp_avg", "exp_avg_sq")}
 
     def state(self, stage, step):
-        return self.partial(f"{stage}.{step}.{rank()}-of-{world()}.safetensors")
+        return self.partial(f"{stage}.{step}.{rank()}-of-{world()}")
 
     def states(self, stage):
         return [int(path.name.split(".")[1])
-                for path in self.out.glob(f"partial/{stage}.*.{rank()}-of-{world()}.safetensors")]
+                for path in self.out.glob(f"partial/{stage}.*.{rank()}-of-{world()}")]
 
 
 # ---------------------------------------------------------------------------------------- memory
