@@ -320,7 +320,8 @@ def one(args):
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
             memory = memory if args.device == "cpu" else torch.cuda.max_memory_allocated()
         best = min(best or result, result, key=lambda r: r["seconds"])
-    print(json.dumps({**best, "memory": memory}))
+    print(json.dumps({**best, "memory": memory}), flush=True)
+    dice.runs.leave_processes()
 
 
 def table(args):
