@@ -14,7 +14,7 @@ and the keys and values of every row, at the rate of a large copy, where that is
     sampling    K = 16 answers for each prompt. Weights are random and one id in so many is a stop id, so at
                 temperature 1 lengths are geometric, on both sides: a mean of 100 and a limit of 512 tokens
                 (llama3-8b: prompts of 50-1000, a mean of 400, a limit of 2048, 256 rows in flight;
-                `generate` has no way to keep its batch full and gets 8 of the 128 prompts, 128 rows)
+                `generate` has no way to keep its batch full and gets 8 of the 256 prompts, 128 rows)
     scoring     log-probs of answers with such lengths; transformers: a plain forward of padded rows
     training    DPO, batch 8, prompts of 20-80 and answers of 10-400 tokens (llama3-8b: 50-1000 and 10-1000).
                 Ours includes scoring the reference first; trl's is DPOTrainer with its defaults but float32,
@@ -53,7 +53,7 @@ SHAPES = {  # the network, and the work for it
                           head_size=48, hidden=1024, tied=True),
             SMALL | dict(prompts=8, theirs=8, scored=8, pairs=40)),
     "llama3-8b": (models.NAMES["llama3-8b"].shape,
-                  LARGE | dict(prompts=128, theirs=8, scored=32, pairs=64)),
+                  LARGE | dict(prompts=256, theirs=8, scored=32, pairs=64)),
 }
 K, BATCH = 16, 8
 
