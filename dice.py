@@ -36,7 +36,7 @@ import tempfile
 import time
 from collections import Counter, deque
 from dataclasses import asdict, dataclass, field, fields
-from functools import cache, partial
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 
@@ -50,7 +50,7 @@ from tqdm import tqdm
 
 import model as models
 from data import jsonl, report, runs, tiny
-from data.runs import Budget, RunDirectory, out_of_memory, safe_point, say, shard, whole, write_rows
+from data.runs import Budget, RunDirectory, safe_point, say, shard, whole, within_memory, write_rows
 from model import InputError
 
 # ----------------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ class Settings:
     save_steps: int = knob(100, "training steps from one checkpoint of the training to the next", 1)
 
     def settle(self):
-        """Decide what is "auto" about the machine. InputError if a value is not among its choices, not in its
+        """Decide what device and dtype "auto" are. InputError if a value is not among its choices, not in its
         range, or does not go with another one."""
         for f in fields(self):
             value, flag = getattr(self, f.name), "--" + f.name.replace("_", "-")
@@ -221,7 +221,7 @@ def parse_settings(argv=None):
 
 # ----------------------------------------------------------------------------------------------------------
 # The Transformer: one forward for training, prefill and decoding
-# Shapes: B batch, T time, S cached time, C channels, H heads, K heads of keys, D head size, V vocabulary
+# Shapes: B batch, T time, S cached time, C channels, H heads, G heads of keys, D head size, V vocabulary
 
 
 def rotary_frequencies(config, device):
@@ -246,10 +246,10 @@ def rotate(x, cos, sin):
 class Layer(nn.Module):
     def __init__(self, config, index):
         super().__init__()
-        C, H, K, D = config.width, config.heads, config.kv_heads, config.head_size
+        C, H, G, D = config.width, config.heads, config.kv_heads, config.head_size
         self.config, self.index = config, index
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
-        self.qkv = nn.Linear(C, (H + 2 * K) * D, bias=config.qkv_bias)
+        self.qkv = nn.Linear(C, (H + 2 * G) * D, bias=config.qkv_bias)
         self.out = nn.Linear(H * D, C, bias=config.out_bias)
         self.up = nn.Linear(C, config.hidden * (2 if config.mlp == "swiglu" else 1), bias=config.mlp_bias)
         self.down = nn.Linear(config.hidden, C, bias=config.mlp_bias)
@@ -268,17 +268,17 @@ class Layer(nn.Module):
 
     def attention(self, x, position, rope, cache, sees):
         B, T, _ = x.shape
-        H, K, D = self.config.heads, self.config.kv_heads, self.config.head_size
-        qkv = self.qkv(x).view(B, T, H + 2 * K, D).transpose(1, 2)  # (B, H+2K, T, D)
-        qk, v = qkv.split([H + K, K], dim=1)
+        H, G, D = self.config.heads, self.config.kv_heads, self.config.head_size
+        qkv = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H+2G, T, D)
+        qk, v = qkv.split([H + G, G], dim=1)
         if rope:
             qk = rotate(qk, *rope)
-        q, k = qk.split([H, K], dim=1)
+        q, k = qk.split([H, G], dim=1)
         if cache:
             cache.write(self.index, position, k, v)
         if sees is None:
             # Training, prefill and scoring: no mask is ever built, so that CUDA can take Flash attention.
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != K)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
         else:
             y = cache.attend(self.index, q, sees)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
@@ -314,14 +314,15 @@ class Transformer(nn.Module):
 
         Without a cache, or with an empty one, rows start at position 0 and attention is plainly causal:
         rows are padded on the right, where nothing that counts can see the padding. With a filled cache row
-        b goes on at cache.length[b]. The caller moves cache.length on: it alone knows what was padding.
+        b goes on at cache.length[b]. The caller moves cache.length and cache.used on: it alone knows what was
+        padding.
         """
         B, T = tokens.shape
-        position, sees = torch.arange(T, device=tokens.device)[None], None  # (1, T)
+        position = torch.arange(T, device=tokens.device)[None]  # (1, T)
+        sees = None
         if cache:
             position = position + cache.length[:B, None]  # (B, T)
-            filled, cache.used = cache.used > 0, min(cache.used + T, cache.capacity)
-            if filled:
+            if cache.used:
                 sees = cache.sees(position)
         x, rope = self.embed(tokens), None
         if self.position is not None:
@@ -336,13 +337,13 @@ class Transformer(nn.Module):
                 x = layer(x, position, rope, cache, sees)
         return self.norm(x)
 
-    def head_inputs(self, hidden):
-        """What logits are the product of: hidden states (..., C) and weight (V, C)."""
-        return hidden, self.embed.weight if self.head is None else self.head.weight
+    @property
+    def head_weight(self):
+        return self.embed.weight if self.head is None else self.head.weight  # (V, C)
 
     def logits(self, hidden):
         """(..., C) -> (..., V)"""
-        return F.linear(*self.head_inputs(hidden))
+        return F.linear(hidden, self.head_weight)
 
 
 def new_model(config, seed):
@@ -391,50 +392,53 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.capacity, self.ragged = capacity, has_ragged_attention(config, device, dtype)
-        self.row = torch.arange(rows + 1, device=device)
+        self.row = torch.arange(rows + 1, device=device)  # one more: the end of the last
         self.length = torch.zeros(rows, device=device, dtype=torch.long)  # valid places of each row
         self.used = 0  # no row is longer than this; the host knows it, so attention need not look further
 
     def write(self, layer, position, k, v):
-        """k, v (B, K, T, D) to the places position (B, T) of the first B rows."""
+        """k, v (B, G, T, D) to the places position (B, T) of the first B rows."""
         row = self.row[:len(position), None]
         self.k[layer][row, position] = k.transpose(1, 2)
         self.v[layer][row, position] = v.transpose(1, 2)
 
     def sees(self, position):
-        """What attend() lets the queries at position (B, T) look at: a mask of the places in use, 0 or -inf,
-        (B, 1, 1 or T, S); with ragged attention the number of places, (B,)."""
-        if self.ragged and position.shape[1] == 1:
+        """What attend() lets the queries at position (B, T) look at: a mask of the places then in use, 0 or
+        -inf, (B, 1, T, S); with ragged attention, for one query a row, the number of places, (B,)."""
+        B, T = position.shape
+        if self.ragged and T == 1:
             return position[:, 0].int() + 1
-        hidden = torch.arange(self.used, device=position.device) > position[:, None, :, None]
+        S = min(self.used + T, self.capacity)
+        hidden = torch.arange(S, device=position.device) > position[:, None, :, None]
         return self.k.new_zeros(hidden.shape).masked_fill(hidden, -math.inf)
 
     def attend(self, layer, q, sees):
         """Attention of q (B, H, T, D) to the first B rows -> (B, H, T, D)."""
         B, H, T, D = q.shape
-        if sees.dim() == 1:
+        if self.ragged and T == 1:
             # The cache as one long sequence, of which row b has sees[b] places from b * capacity on.
             # Called by its inner name: torch.nn.attention.varlen knows no seqused_k before torch 2.12.
-            starts = self.row[:B + 1].int()
-            k, v = (x[layer].flatten(0, 1) for x in (self.k, self.v))  # (rows * capacity, K, D)
+            starts = self.row[:B + 1].int()  # of the queries, one a row
+            k, v = (x[layer].flatten(0, 1) for x in (self.k, self.v))  # (rows * capacity, G, D)
             y, *_ = torch.ops.aten._flash_attention_forward(
                 q[:, :, 0], k, v, starts, starts * self.capacity, 1, self.capacity,
                 dropout_p=0.0, is_causal=False, return_debug_mask=False, seqused_k=sees)
             return y[:, :, None]
-        # Subtle: the H/K query heads that share a head of keys go in as more queries (along T) of that one
-        # head, so that cached keys and values are read once and not repeated H/K times.
-        k, v = (x[layer, :B, :self.used].transpose(1, 2) for x in (self.k, self.v))  # (B, K, S, D)
-        K = k.shape[1]
-        mask = sees if T == 1 else sees.repeat(1, 1, H // K, 1)  # the mask of one query broadcasts
-        return F.scaled_dot_product_attention(q.reshape(B, K, -1, D), k, v, attn_mask=mask).view(B, H, T, D)
+        # Subtle: the H/G query heads that share a head of keys go in as more queries (along T) of that one
+        # head, so that cached keys and values are read once and not repeated H/G times.
+        k, v = (x[layer, :B, :sees.shape[-1]].transpose(1, 2) for x in (self.k, self.v))  # (B, G, S, D)
+        G = k.shape[1]
+        mask = sees if T == 1 else sees.repeat(1, 1, H // G, 1)  # the mask of one query broadcasts
+        return F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask).view(B, H, T, D)
 
     def fill(self, start, prompts, samples):
-        """Put the rows of the cache prompts, each of them samples times, into the rows from start on."""
+        """Put the rows of the cache prompts, all of it in use, into the rows from start on, each of them
+        samples times."""
         rows = slice(start, start + len(prompts.length) * samples)
         for mine, theirs in ((self.k, prompts.k), (self.v, prompts.v)):
-            mine[:, rows, :prompts.used].unflatten(1, (-1, samples)).copy_(theirs[:, :, None])
+            mine[:, rows, :prompts.capacity].unflatten(1, (-1, samples)).copy_(theirs[:, :, None])
         self.length[rows] = prompts.length.repeat_interleave(samples)
-        self.used = max(self.used, prompts.used)
+        self.used = max(self.used, prompts.capacity)
 
     def move(self, source, target):
         """Copy whole rows over others."""
@@ -462,11 +466,11 @@ def pick(logits, uniform, temperature, top_p):
         probs = likeliest.where(likeliest.cumsum(-1) - likeliest < top_p, 0)
     cdf = probs.cumsum(-1)
     place = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # (B, 1)
-    place = place.clamp(max=cdf.shape[-1] - 1)  # of weights that are no numbers all is beyond the end
+    place = place.clamp(max=cdf.shape[-1] - 1)  # where probs are NaN the search runs off the end
     return (place if token is None else token.gather(1, place))[:, 0]
 
 
-EVALUATION, FILTER = 2**31, 2**32  # stand for the round in the random numbers of other answers than a round's
+EVALUATION, FILTER = 2**31, 2**32  # in place of the round's number, so that other answers draw other numbers
 
 
 def random_numbers(seed, round, prompt, sample, count):
@@ -499,7 +503,7 @@ class Flight:
         self.owner = []  # (prompt, sample) of each row
         self.token, self.count, self.limit = torch.zeros(3, rows, device=device, dtype=torch.long)
         self.done = torch.ones(rows, device=device, dtype=torch.bool)
-        # One column more than an answer can have: there goes what a row draws between its end and land().
+        # A row that has ended goes on writing, behind its answer, until land(): hence one column more.
         self.answer = torch.zeros(rows, max_new_tokens + 1, device=device, dtype=torch.long)
         self.uniform = torch.zeros(rows, max_new_tokens + 1, device=device)
         self.graphs = {}  # number of rows -> a recorded step of them
@@ -521,17 +525,16 @@ class Flight:
 
     def step(self):
         """One more token for every row."""
-        if not self.cache.ragged:  # then attention depends on cache.used, and no two steps are the same
-            return self.advance(len(self.owner))
-        rows = max(16, 1 << (len(self.owner) - 1).bit_length())  # few numbers, so few graphs
-        rows = min(rows, len(self.done))
-        used = min(self.cache.used + 1, self.cache.capacity)
+        rows = len(self.owner)
+        if self.cache.ragged:  # else attention depends on cache.used, and no two steps are the same
+            rows = min(max(16, 1 << (rows - 1).bit_length()), len(self.done))  # few numbers, so few graphs
         if rows in self.graphs:
             self.graphs[rows].replay()
         else:
-            self.advance(rows)  # for real: what a kernel sets up at its first use cannot be recorded
-            self.graphs[rows] = record(partial(self.advance, rows), self.model.device)
-        self.cache.used = used
+            self.advance(rows)
+            if self.cache.ragged:  # only now: what a kernel sets up at its first use cannot be recorded
+                self.graphs[rows] = record(partial(self.advance, rows), self.model.device)
+        self.cache.used = min(self.cache.used + 1, self.cache.capacity)
 
     def advance(self, rows):
         """One more token for the first rows, those that are done aside. Here the host waits for nothing, and
@@ -542,12 +545,12 @@ class Flight:
         self.emit(rows, self.model.logits(hidden[:, 0]))
 
     def emit(self, rows, logits):
-        count = self.count[rows]  # a view
-        uniform = self.uniform[rows].gather(1, count[:, None])[:, 0]
+        place = self.count[rows, None]  # (B, 1)
+        uniform = self.uniform[rows].gather(1, place)[:, 0]
         token = self.token[rows] = pick(logits, uniform, self.temperature, self.top_p)
-        self.answer[rows].scatter_(1, count[:, None], token[:, None])
-        count += ~self.done[rows]
-        self.done[rows] |= self.stops[token] | (count >= self.limit[rows])
+        self.answer[rows].scatter_(1, place, token[:, None])
+        self.count[rows] += ~self.done[rows]
+        self.done[rows] |= self.stops[token] | (self.count[rows] >= self.limit[rows])
 
     def land(self):
         """Take out the rows that have ended: a list of (owner, ids, finish)."""
@@ -617,7 +620,7 @@ def pad(sequences, device):
 # ----------------------------------------------------------------------------------------------------------
 # Sequence log-probs
 
-LOGITS = 2**24  # logits in memory at once: 64 MB of float32, those of 130 tokens of Llama-3
+LOGITS = 2**24  # logits in memory at once on a CPU: 64 MB of float32, those of 130 tokens of Llama-3
 
 
 def chunk_size(weight):
@@ -689,7 +692,7 @@ def answer_states(model, prompts, answers):
 def sequence_logprobs(model, prompts, answers):
     """log pi(answer | prompt), summed over the answer's tokens: B lists of ids each -> (B,)."""
     hidden, targets, total = answer_states(model, prompts, answers)
-    return total(TokenLogprobs.apply(*model.head_inputs(hidden), targets))
+    return total(TokenLogprobs.apply(hidden, model.head_weight, targets))
 
 
 def sequence_logprobs_and_kl(model, reference, prompts, answers):
@@ -707,10 +710,10 @@ def sequence_logprobs_and_kl(model, reference, prompts, answers):
                        for net, x in ((model, hidden), (reference, fixed)))  # (n, V)
         return F.kl_div(policy, ref, reduction="none", log_target=True).sum(-1)
 
-    size = chunk_size(model.head_inputs(hidden)[1])
+    size = chunk_size(model.head_weight)
     kl = torch.cat([checkpoint(chunk_kl, h, f, use_reentrant=False)
                     for h, f in zip(hidden.split(size), fixed.split(size))])
-    return total(TokenLogprobs.apply(*model.head_inputs(hidden), targets)), total(kl)
+    return total(TokenLogprobs.apply(hidden, model.head_weight, targets)), total(kl)
 
 
 def prompts_and_answers(samples):
@@ -735,13 +738,9 @@ def in_passes(samples, sizes, work, budget, update=lambda count: None):
     result, todo = [math.nan] * len(samples), deque(batches(sizes, budget.tokens))
     while todo:
         safe_point()
-        group, values = todo.popleft(), None
-        try:
-            values = work(group)
-        except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
-        if values is None:  # only here, outside the except, has the failed pass let go of its memory
+        group = todo.popleft()
+        values = within_memory(work, group)
+        if values is None:
             budget.shrink([samples[i] for i in group], sizes[group[0]])
             left = [i for g in (group, *todo) for i in g]
             todo = deque([left[j] for j in g] for g in batches([sizes[i] for i in left], budget.tokens))
@@ -763,8 +762,9 @@ def score(model, samples, budget, update=lambda count: None):
 # ----------------------------------------------------------------------------------------------------------
 # The formulas: pure functions of tensors or arrays
 # w and l: chosen (won) and rejected (lost) answer. p and r: their log-probs under policy and reference;
-# n: their tokens; score: what their labeller gave them; kl: SeqKL(ref || pi). All (B,). beta * (p - r) is the
-# reward that the policy itself carries. A loss says what it needs by the names of its parameters, no more.
+# n: their tokens; score: their shaped reward, or the score in their data; kl: SeqKL(ref || pi). All (B,).
+# beta * (p - r) is the reward that the policy itself carries. A loss says what it needs by the names of its
+# parameters, no more.
 
 
 def dpo_loss(p_w, p_l, r_w, r_l, beta):
@@ -823,7 +823,6 @@ LOSSES = {"dpo": dpo_loss, "cdpo": cdpo_loss, "lr-dpo": lr_dpo_loss, "odpo": odp
 LOSS_SETTINGS = {"simpo": {"beta": 2.0}}  # --loss NAME -> its own defaults: its beta is another thing
 
 
-@cache
 def loss_inputs(name):
     return tuple(inspect.signature(LOSSES[name]).parameters)
 
@@ -911,8 +910,8 @@ class Sample:
     text: str
     number: int = 0  # which of the prompt's K
     finish: str = "stop"  # or "length": cut by the limit
-    policy: float = math.nan  # log-prob under pi_t, from which training starts and which is its reference
-    reference: float = math.nan  # log-prob under pi_{t-1}
+    logprob: float = math.nan  # under pi_t, from which training starts and which is its reference
+    previous: float = math.nan  # log-prob under pi_{t-1}
     reward: float = math.nan  # the labeller's
     shaped: float = math.nan  # reward less the penalty for length; of an offline answer the score in its data
 
@@ -1009,12 +1008,12 @@ def preference_losses(model, pairs, settings, reference=None):
         logprobs, kl = sequence_logprobs_and_kl(model, reference, *texts)
     else:
         logprobs, kl = sequence_logprobs(model, *texts), None
-    known = {"p": logprobs, "r": logprobs.new_tensor([x.policy for x in samples]), "kl": kl,
+    known = {"p": logprobs, "r": logprobs.new_tensor([x.logprob for x in samples]), "kl": kl,
              "n": lengths(samples, model.device), "score": logprobs.new_tensor([x.shaped for x in samples])}
     terms = {f"{name}_{side}": part for name, values in known.items() if values is not None
              for side, part in zip("wl", values.chunk(2))}
-    losses = LOSSES[settings.loss](**{name: terms[name] if name in terms else getattr(settings, name)
-                                      for name in loss_inputs(settings.loss)})
+    inputs = vars(settings) | terms
+    losses = LOSSES[settings.loss](**{name: inputs[name] for name in loss_inputs(settings.loss)})
     margin = settings.beta * ((terms["p_w"] - terms["r_w"]) - (terms["p_l"] - terms["r_l"]))
     stats = {"loss": losses, "accuracy": (margin > 0).float(), "margin": margin,
              "chosen_logprob": terms["p_w"], "rejected_logprob": terms["p_l"],
@@ -1027,15 +1026,17 @@ def preference_losses(model, pairs, settings, reference=None):
 def training_order(items, epochs, rng, keep, history):
     """Indices of items, shuffled anew in every epoch, of those that keep(epoch, indices) still wants. What
     was kept goes into history, from which an interrupted training goes on."""
+    kept = list(range(len(items)))
     for epoch in range(epochs):
         if keep and epoch == len(history):
-            history.append(keep(epoch, history[-1] if history else list(range(len(items)))))
-        kept = history[epoch] if keep else range(len(items))
-        yield from (kept[i] for i in rng.permutation(len(kept)))
+            history.append(keep(epoch, kept))
+        kept = history[epoch] if keep else kept
+        yield from rng.permutation(kept).tolist()
 
 
 def load_to_train(directory, settings, device):
     """The checkpoint in a directory, ready for training."""
+    # First in the dtype of the arithmetic, in which it is its own reference.
     model = load_model(directory, "cpu", getattr(torch, settings.dtype))
     count = sum(p.numel() for p in model.parameters())
     if settings.dtype == "float32" and runs.world() == 1 and not runs.offloads(settings, count, device):
@@ -1055,28 +1056,30 @@ def mean_gradient(model, losses_of, items, settings, budget):
     """
     world, rank = runs.world(), runs.rank()
     mine = sorted(items, key=lambda x: -x.padded)[rank::world]
+
+    def one_pass(group, weight):
+        losses, stats = losses_of(model, group, settings)
+        (losses.sum() * weight / len(items)).backward()
+        sums = torch.stack([values.detach().double().sum() for values in stats.values()]).tolist()
+        return dict(zip(stats, sums))
+
     while True:
         totals, groups = Counter(), batches([x.padded for x in mine], budget.tokens)
         passes = int(runs.over_all(float(len(groups)), "MAX"))  # every process must take part in every pass
         for turn in range(passes):
             counts = turn < len(groups)  # else it goes along with what counts nothing
             group = [mine[i] for i in groups[turn]] if counts else [(mine or items)[-1]]
-            try:
-                losses, stats = losses_of(model, group, settings)
-                (losses.sum() * counts * world / len(items)).backward()  # FSDP takes the mean over processes
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                if world > 1:
-                    raise InputError("out of memory in training, and several processes cannot split their "
-                                     "passes on the way: begin anew with a lower --train-tokens")
+            sums = within_memory(one_pass, group, world * counts)  # FSDP takes the mean over processes
+            if sums is None:
                 break
             if counts:
-                sums = torch.stack([values.detach().double().sum() for values in stats.values()]).tolist()
-                totals.update(dict(zip(stats, sums)))
+                totals.update(sums)
         else:
-            sums = runs.over_all([totals[name] / len(items) for name in stats])
-            return dict(zip(stats, sums))
+            means = runs.over_all([totals[name] / len(items) for name in sums])
+            return dict(zip(sums, means))
+        if world > 1:
+            raise InputError("out of memory in training, and several processes cannot split their passes on "
+                             "the way: begin anew with a lower --train-tokens")
         budget.shrink(group, group[0].padded)
         if model.computes_on:  # sharded: a pass that broke off leaves FSDP in the middle of things
             raise runs.Shrunk
@@ -1091,7 +1094,7 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
     """
     s, history = run.settings, []
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    first = kept = run.resume_training(stage, model, optimizer, history)
+    first = saved = run.resume_training(stage, model, optimizer, history)
     rng, keep = np.random.default_rng([s.seed, *stage.encode()]), keep and partial(keep, model)
     order = training_order(items, epochs, rng, keep, history)
     for _ in islice(order, first * batch):  # what is behind us already
@@ -1099,9 +1102,9 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
     steps = min(steps, math.ceil(epochs * len(items) / batch))
     for step in tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps):
         stop = runs.over_all(float(bool(runs.STOP)), "MAX")  # all processes, or none
-        if step > kept and (stop or step % s.save_steps == 0):
+        if step > saved and (stop or step % s.save_steps == 0):
             run.save_training(stage, model, optimizer, step, history)
-            kept = step
+            saved = step
         if stop:
             raise runs.Interrupted
         chosen = [items[i] for i in islice(order, batch)]
@@ -1116,7 +1119,7 @@ def train(run, stage, model, losses_of, items, *, lr, steps, epochs, batch, deca
         row["grad_norm"] = float(whole(nn.utils.clip_grad_norm_(model.parameters(), s.clip)))
         if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
             optimizer.zero_grad(set_to_none=True)
-            if step > kept:
+            if step > saved:
                 run.save_training(stage, model, optimizer, step, history)
             culprits = run.save_culprits(stage, model, chosen)
             raise InputError(f"{stage}, step {step + 1}: loss {row['loss']}, gradient norm "
@@ -1228,6 +1231,11 @@ class Run(RunDirectory):
             prompts = []  # those of the usable pairs, below
         else:
             raise InputError("nothing to sample for: give --prompts FILE or --preferences FILE")
+        if s.sft_steps and self.reference:
+            raise InputError(f"--sft-steps {s.sft_steps}: a policy with a --reference is trained already; "
+                             "give --sft-steps 0, or no --reference")
+        if s.sft_steps and not offline:
+            raise InputError(f"--sft-steps {s.sft_steps}: needs answers to learn; give --preferences FILE")
         if s.labeller == "implicit" and not self.reference and not s.dpo_steps:
             raise InputError("--dpo-steps 0: the implicit reward needs a policy that DPO has trained, and "
                              "what it was trained from: give --reference DIR, or leave --dpo-steps alone")
@@ -1258,7 +1266,7 @@ class Run(RunDirectory):
         return prompt
 
     def fitting(self, rows):
-        """Pairs from rows of data.jsonl. Those too long are counted, left out, not cut."""
+        """Pairs from rows as data/jsonl.py reads them. Those too long are counted, left out, not cut."""
         s, pairs, same = self.settings, [], 0
         limit = min(s.max_tokens, self.config.context)
         for where, content, chosen, rejected, scores, steps in rows:
@@ -1303,12 +1311,12 @@ class Run(RunDirectory):
     def sample(self, what, load, prompts, count, round):
         """`count` samples of each prompt, in order, from the model that load() gives. The prompts are worked
         through in fixed chunks, each for itself, so that a chunk done again gives the same bytes."""
-        s, load = self.settings, cache(load)
+        s = self.settings
 
-        def work(chunk, update):
+        def work(model, chunk, update):
             answers = {}
             for index, number, ids, finish in generate(
-                    load(), [p.ids for p in chunk], count, stop_ids=self.tokenizer.stop_ids, seed=s.seed,
+                    model, [p.ids for p in chunk], count, stop_ids=self.tokenizer.stop_ids, seed=s.seed,
                     round=round, temperature=s.temperature, top_p=s.top_p, rows=self.rows,
                     max_new_tokens=s.max_new_tokens):
                 answers[index, number] = ids, finish
@@ -1316,35 +1324,32 @@ class Run(RunDirectory):
                 safe_point()
             return [answers[key] for key in sorted(answers)]
 
-        def work_within_memory(chunk, update):
+        def work_with_fewer_rows(*args):
             while True:
-                try:
-                    return work(chunk, update)
-                except RuntimeError as error:
-                    if not out_of_memory(error):
-                        raise
+                answers = within_memory(work, *args)
+                if answers is not None:
+                    return answers
                 if self.rows <= count:
                     raise InputError(f"out of memory with the {count} samples of one prompt; lower --samples "
                                      "or --max-new-tokens")
                 self.rows = max(count, self.rows * 3 // 4 // count * count)
                 say(f"out of memory in sampling: from here on with {self.rows} sequences in flight")
 
-        drawn = self.in_chunks(what, prompts, s.chunk, work_within_memory, count)
+        drawn = self.in_chunks(what, load, prompts, s.chunk, work_with_fewer_rows, count)
         owners = ((prompt, number) for prompt in prompts for number in range(count))
         return [Sample(prompt, ids, self.tokenizer.decode(ids), number, finish)
                 for (prompt, number), (ids, finish) in zip(owners, drawn)]
 
     def score(self, what, directory, samples):
         """Log-probs of samples under the model in a directory."""
-        load = cache(partial(self.load, directory))
-        return self.in_chunks(what, samples, self.chunk_answers,
-                              lambda chunk, update: score(load(), chunk, self.score_budget, update))
+        return self.in_chunks(what, partial(self.load, directory), samples, self.chunk_answers,
+                              lambda model, chunk, update: score(model, chunk, self.score_budget, update))
 
     def score_pairs(self, what, directory, pairs):
         """Give offline pairs their log-probs under the model that training starts from, its reference."""
         samples = [x for p in pairs for x in (p.chosen, p.rejected)]
         for x, logprob in zip(samples, self.score(what, directory, samples)):
-            x.policy = logprob
+            x.logprob = logprob
 
     def save_culprits(self, stage, model, items):
         """What a step went wrong on, for inspection; returns the file."""
@@ -1352,7 +1357,7 @@ class Run(RunDirectory):
         samples = [x for item in items
                    for x in ((item.chosen, item.rejected) if isinstance(item, Pair) else (item,))]
         write_rows(path, (
-            {"prompt": x.prompt.content, "text": x.text, "tokens": x.tokens, "reference_logprob": x.policy,
+            {"prompt": x.prompt.content, "text": x.text, "tokens": x.tokens, "reference_logprob": x.logprob,
              "logprob": logprob} for x, logprob in zip(samples, score(model, samples, self.score_budget))))
         return path
 
@@ -1409,8 +1414,8 @@ def supervised(run):
 
 
 def dice_round(run, number, policy, reference):
-    """One round: from the directories of pi_t and pi_{t-1} to the directory of pi_{t+1}. One model is in
-    memory at a time. Without a reference, the samples' rewards must come from another labeller."""
+    """One round: from the directories of pi_t and pi_{t-1} to the directory of pi_{t+1}. Each step loads the
+    model that it needs. Without a reference, the samples' rewards must come from another labeller."""
     s, stage = run.settings, f"round-{number}"
     if (run.out / stage / "policy").exists():
         return run.out / stage / "policy"
@@ -1429,10 +1434,10 @@ def dice_round(run, number, policy, reference):
 def score_answers(run, what, samples, policy, reference):
     """Give samples their log-probs under the models in two directories."""
     for x, logprob in zip(samples, run.score(f"{what} policy log-probs", policy, samples)):
-        x.policy = logprob
+        x.logprob = logprob
     if reference:
         for x, logprob in zip(samples, run.score(f"{what} reference log-probs", reference, samples)):
-            x.reference = logprob
+            x.previous = logprob
 
 
 def agreement(run, stage, policy, reference):
@@ -1449,21 +1454,21 @@ def agreement(run, stage, policy, reference):
 def reward_answers(run, what, samples):
     """Give samples the labeller's rewards; for the implicit one, DICE's, they must have their log-probs."""
     if run.labeller:
-        load = cache(partial(run.load, run.labeller.directory))
+        def work(model, chunk, update):
+            return run.labeller.score(model, chunk, run.score_budget, update)
 
-        def work(chunk, update):
-            return run.labeller.score(load(), chunk, run.score_budget, update)
-
-        for x, reward in zip(samples, run.in_chunks(f"{what} rewards", samples, run.chunk_answers, work)):
+        load = partial(run.load, run.labeller.directory)
+        rewards = run.in_chunks(f"{what} rewards", load, samples, run.chunk_answers, work)
+        for x, reward in zip(samples, rewards):
             x.reward = reward
         return
     for x in samples:
         if run.settings.labeller == "gold":
             x.reward = tiny.judge(x.prompt.content, x.text)
             continue
-        x.reward = implicit_reward(x.policy, x.reference)
+        x.reward = implicit_reward(x.logprob, x.previous)
         if not math.isfinite(x.reward):
-            raise InputError(f"reward {x.reward} (log-probs {x.policy} and {x.reference}) for an answer to "
+            raise InputError(f"reward {x.reward} (log-probs {x.logprob} and {x.previous}) for an answer to "
                              f"{str(x.prompt.content)[:60]!r}; check the two models, or try --dtype float32")
 
 
@@ -1538,7 +1543,7 @@ def shape_and_pair(samples, settings, rng=None):
     for _, group in groupby(samples, key=lambda x: id(x.prompt)):
         valid = [x for x in group if x.finish == "stop" and s.min_chars < len(x.text) < s.max_chars
                  and math.isfinite(x.reward)]
-        different = list({x.text: x for x in reversed(valid)}.values())
+        different = list({x.text: x for x in reversed(valid)}.values())  # the first of each text
         if len(valid) >= s.min_valid * s.samples and len(different) >= 2:
             kept.append(different)
     if not kept:
@@ -1577,7 +1582,7 @@ def record_round(run, stage, alpha, samples, pairs, agrees):
     agrees: agreement(...), or None."""
     write_rows(run.out / stage / "samples.jsonl", (
         {"prompt": x.prompt.content, "sample": x.number, "tokens": x.tokens, "text": x.text,
-         "finish": x.finish, "policy_logprob": x.policy, "reference_logprob": x.reference,
+         "finish": x.finish, "policy_logprob": x.logprob, "reference_logprob": x.previous,
          "reward": x.reward, "shaped_reward": x.shaped} for x in samples))
     write_rows(run.out / stage / "pairs.jsonl", (
         {"prompt": p.prompt.content, "chosen": p.chosen.text, "rejected": p.rejected.text, "source": p.source}
@@ -1589,7 +1594,7 @@ def record_round(run, stage, alpha, samples, pairs, agrees):
            "answer_chars": sum(len(x.text) for x in samples) / len(samples),
            "truncated": sum(x.finish == "length" for x in samples) / len(samples),
            "identical": 1 - len({(x.prompt.key, x.text) for x in samples}) / len(samples),
-           "kl": sum(x.policy - x.reference for x in samples) / len(samples),  # its estimate from the samples
+           "kl": sum(x.logprob - x.previous for x in samples) / len(samples),  # pi_t to pi_{t-1}
            "offline_agreement": agrees,
            "pair_length_gap": sum(gaps) / max(1, len(gaps))}
     if run.is_tiny and not run.settings.prompts:  # for the report alone: how many pairs are right
@@ -1601,7 +1606,7 @@ def record_round(run, stage, alpha, samples, pairs, agrees):
         f"{row['pair_length_gap']:+.1f} characters longer; {len(pairs) - len(new)} replayed pairs")
     kl = "not known" if math.isnan(row["kl"]) else f"{row['kl']:.2f} nats"
     agreed = "not known" if agrees is None else f"{agrees:.0%}"
-    say(f"{stage}: KL to the reference {kl}; answers of {row['answer_chars']:.0f} characters, "
+    say(f"{stage}: KL to pi_{{t-1}} {kl}; answers of {row['answer_chars']:.0f} characters, "
         f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; agreement with the "
         f"held-out offline pairs {agreed}")
     for warning in report.warnings(row, next(old for old in run.metrics if "alpha" in old)):
@@ -1610,7 +1615,6 @@ def record_round(run, stage, alpha, samples, pairs, agrees):
 
 # ----------------------------------------------------------------------------------------------------------
 # Evaluation in the tiny world; nothing of it goes back into training
-
 
 
 def evaluate(run, stage, policy, reference=None):
@@ -1624,13 +1628,13 @@ def evaluate(run, stage, policy, reference=None):
         score_answers(run, f"{stage} held-out answers", samples, policy, reference)
     write_rows(path, (
         {"prompt": x.prompt.content, "sample": x.number, "text": x.text,
-         "reward": implicit_reward(x.policy, x.reference) if reference else None,
+         "reward": implicit_reward(x.logprob, x.previous) if reference else None,
          "gold": tiny.judge(x.prompt.content, x.text)} for x in samples))
     run.end_stage()
 
 
-
 # ----------------------------------------------------------------------------------------------------------
+# The command
 
 
 def measure(run):

@@ -277,12 +277,12 @@ class RunDirectory:
             shutil.rmtree(self.out / "partial", ignore_errors=True)
         barrier()
 
-    def in_chunks(self, what, items, size, work, answers=1):
-        """work(chunk, update) on chunks of items, each a list of JSON values; all of them in one list.
+    def in_chunks(self, what, load, items, size, work, answers=1):
+        """work(load(), chunk, update) on chunks of items, a list of JSON values each; all in one list.
 
         The values of a chunk are a line of a file in partial/ as soon as they are known, and are not worked
-        out again. Processes share the chunks. update: is told how many more answers are done; an item has
-        `answers`.
+        out again; nothing is loaded if all of them are. Processes share the chunks. update: is told how many
+        more answers are done; an item has `answers`.
         """
         def known():
             rows = [row for path in self.out.glob(f"partial/{self.partial(what).name}.*.jsonl")
@@ -292,12 +292,13 @@ class RunDirectory:
         done, count = known(), math.ceil(len(items) / size)
         barrier()  # all have read before anyone writes
         mine = [i for i in range(count) if i not in done][rank()::world()]
+        model = load() if mine else None
         with tqdm(total=len(items) * answers, desc=what, unit="answer", disable=rank() > 0, leave=answers > 1,
                   initial=sum(map(len, done.values()))) as bar:
             for i in mine:
                 safe_point()
                 started = time.perf_counter()
-                values = work(items[i * size:(i + 1) * size], bar.update)
+                values = work(model, items[i * size:(i + 1) * size], bar.update)
                 path = self.partial(f"{what}.{rank()}.jsonl")
                 append(path, {"chunk": i, "values": values})
                 models.flush(path)
@@ -381,6 +382,15 @@ class Shrunk(Exception):
 
 def out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # CUDA, CPU
+
+
+def within_memory(work, *args):
+    """work(*args), or None where memory ran out. By then, behind the except, what it had is free again."""
+    try:
+        return work(*args)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
 
 
 def free_memory():

@@ -168,7 +168,7 @@ def our_training(args, config, sizes):
     def work():
         samples = our_samples([(p, a) for p, *both in rows for a in both])
         for x, value in zip(samples, dice.score(net, samples, run.score_budget)):
-            x.policy = value
+            x.logprob = value
         pairs = [dice.Pair(*both, "replayed") for both in zip(samples[::2], samples[1::2])]
         dice.train(run, "dpo", net, dice.preference_losses, pairs, lr=1e-7, steps=len(pairs), epochs=1,
                    batch=run.settings.batch)

@@ -98,6 +98,7 @@ def test_cached_logits_equal_uncached_for_prefill_single_steps_and_a_second_chun
     for size in (7, 5, 1, 1, 8, 1, 1):
         parts.append(net.logits(net(tokens[:, start : start + size], cache)))
         cache.length += size
+        cache.used += size
         start += size
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-4)
 
@@ -109,10 +110,11 @@ def test_rows_of_different_length_decode_as_if_alone():
     tokens, length = dice.pad(prompts, "cpu")
     cache = dice.KVCache(LLAMA, 3, 40, "cpu", torch.float32)
     net(tokens, cache)
-    cache.length = length.clone()
+    cache.length, cache.used = length.clone(), 20
     for t in range(6):
         step = net(torch.tensor([[a[t]] for a in answers]), cache)[:, 0]
         cache.length += 1
+        cache.used += 1
         for row in range(3):
             alone = net(torch.tensor([prompts[row] + answers[row][: t + 1]]))[0, -1]
             torch.testing.assert_close(step[row], alone, atol=1e-5, rtol=1e-4)
@@ -154,6 +156,7 @@ def test_sampling_and_scoring_agree_in_bfloat16():
     for part in (tokens[:, : len(prompt)], *tokens[:, len(prompt) : -1].split(1, dim=1)):
         steps.append(net.logits(net(part, cache))[:, -1].float().log_softmax(-1))
         cache.length += part.shape[1]
+        cache.used += part.shape[1]
     target = torch.tensor(answer)[:, None]
     gap = (once.gather(1, target) - torch.cat(steps).gather(1, target)).abs()
     assert gap.mean() < 0.02 and gap.max() < 0.2
@@ -262,7 +265,7 @@ class Recorded:
         assert self.work.args[0] >= len(self.flight.owner)
         used = self.flight.cache.used
         self.work()
-        self.flight.cache.used = used  # no Python runs in a replay
+        assert self.flight.cache.used == used  # no Python runs in a replay
 
 
 def ragged_attention(
@@ -501,7 +504,7 @@ def settings(**changes):
 def answers(prompt, *rows):
     """Samples of one prompt from (text, reward) or (text, reward, finish)."""
     return [
-        dice.Sample(prompt, [5], text, k, *(finish or ["stop"]), policy=0.0, reference=0.0, reward=reward)
+        dice.Sample(prompt, [5], text, k, *(finish or ["stop"]), logprob=0.0, previous=0.0, reward=reward)
         for k, (text, reward, *finish) in enumerate(rows)
     ]
 
@@ -619,7 +622,7 @@ def random_pairs(net, count, seed=0):
         )
     samples = [x for p in pairs for x in (p.chosen, p.rejected)]
     for x, value in zip(samples, dice.score(net, samples, dice.Budget(500, "scoring"))):
-        x.policy = value
+        x.logprob = value
     return pairs
 
 
@@ -648,13 +651,13 @@ def test_the_logged_step_is_the_mean_over_its_pairs():
     net, run = network(LLAMA), Bench(batch=7, train_tokens=100)
     pairs = random_pairs(net, 7)
     for p in pairs:
-        p.chosen.policy -= 3  # as if the policy had moved by 3 nats since
+        p.chosen.logprob -= 3  # as if the policy had moved by 3 nats since
     train_dpo(run, net, pairs, lr=1e-3, steps=1)
     row = run.rows[0]
     assert row["margin"] == pytest.approx(0.3, abs=1e-4) and row["accuracy"] == 1
     assert row["loss"] == pytest.approx(math.log(1 + math.exp(-0.3)), abs=1e-4)
     assert row["chosen_tokens"] == pytest.approx(np.mean([len(p.chosen.tokens) for p in pairs]))
-    assert row["rejected_logprob"] == pytest.approx(np.mean([p.rejected.policy for p in pairs]), abs=1e-3)
+    assert row["rejected_logprob"] == pytest.approx(np.mean([p.rejected.logprob for p in pairs]), abs=1e-3)
 
 
 def test_warm_up_is_linear_then_constant():
@@ -669,7 +672,7 @@ def test_warm_up_is_linear_then_constant():
 def test_a_non_finite_loss_stops_before_the_step():
     net, run = network(LLAMA), Bench(batch=4)
     pairs = random_pairs(net, 8)
-    pairs[5].rejected.policy = math.nan
+    pairs[5].rejected.logprob = math.nan
     before = [p.detach().clone() for p in net.parameters()]
     with pytest.raises(InputError, match="dpo, step .*loss nan"):
         run.settings.batch = 8
@@ -875,6 +878,10 @@ def test_other_mistakes_are_refused(checkpoint, tmp_path, capsys):
     assert "long.jsonl line 2" in told and "context of 128" in told
     assert "nothing to sample for" in refused(capsys, tmp_path, "--model", checkpoint)
     assert "--reference" in refused(capsys, tmp_path, "--model", checkpoint, "--prompts", good)
+    sft = ["--model", checkpoint, "--prompts", good, "--sft-steps", "10"]
+    assert "--sft-steps 10: needs answers" in refused(capsys, tmp_path, *sft)
+    told = refused(capsys, tmp_path, *sft, "--preferences", good, "--reference", checkpoint)
+    assert "--sft-steps 10: a policy with a --reference" in told
     (tmp_path / "empty").mkdir()
     assert "config.json" in refused(capsys, tmp_path, "--model", tmp_path / "empty", "--preferences", good)
     weights = checkpoint / "model.safetensors"

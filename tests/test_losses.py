@@ -261,13 +261,10 @@ class Fixed:
 
     def __init__(self, logits):
         self.table, self.device = torch.tensor(logits, dtype=torch.float64), torch.device("cpu")
-        self.config = replace(LLAMA, vocab_size=3)
+        self.config, self.head_weight = replace(LLAMA, vocab_size=3), torch.eye(3, dtype=torch.float64)
 
     def __call__(self, tokens):
         return self.table[None, : tokens.shape[1]]
-
-    def head_inputs(self, hidden):
-        return hidden, torch.eye(3, dtype=torch.float64)
 
     def logits(self, hidden):
         return hidden
@@ -413,7 +410,7 @@ def test_scores_and_steps_are_read_and_pairs_come_back_as_they_went_out(tmp_path
     assert (one.chosen.shaped, one.rejected.shaped) == (1, 0.5)
     assert run.prompts[0].ids == tokenizer.prompt("2 + 2 + 2?")  # sampled for from its beginning
     for x in (one.chosen, one.rejected, other.chosen, other.rejected):
-        x.policy = 0.0
+        x.logprob = 0.0
     dice.record_round(run, "round-1", 0.0, [one.chosen], run.offline, None)
     again = jsonl.read_preferences(tmp_path / "out" / "round-1" / "pairs.jsonl")
     assert [(p.prompt, p.chosen, p.rejected, p.steps) for p in again] == [

@@ -87,13 +87,13 @@ def test_ctrl_c_and_sigterm_stop_at_a_safe_point(
             os.kill(os.getpid(), number)
         log(self, row)
 
-    def stop_in_sampling(self, what, items, size, work, answers=1):
-        def stopping(chunk, update):
+    def stop_in_sampling(self, what, load, items, size, work, answers=1):
+        def stopping(model, chunk, update):
             if moment == "sampling" and what == "round-1 samples" and chunk[0] is not items[0]:
                 os.kill(os.getpid(), number)
-            return work(chunk, update)
+            return work(model, chunk, update)
 
-        return whole(self, what, items, size, stopping, answers)
+        return whole(self, what, load, items, size, stopping, answers)
 
     with monkeypatch.context() as patch:
         patch.setattr(dice.Run, "log", stop_in_training)
