@@ -148,7 +148,7 @@ class Named:
 LLAMA3_8B = Config(128256, 8192, 32, 4096, 32, 8, 128, 14336, rope_theta=500000.0)
 MISTRAL_7B = Config(32000, 4096, 32, 4096, 32, 8, 128, 14336)
 PAPER = dict(prompts="data/uf-10k/prompt.json", preferences="data/uf-10k/preference.json")
-WIDE = PAPER | dict(chunk=256, score_tokens=8192, train_tokens=8192)  # for cards of 80 GB and more
+WIDE = PAPER | dict(chunk=256, score_tokens=32768, train_tokens=8192)  # for cards of 80 GB and more
 # Bases: SFT on the chosen answers of the paper's 10k pairs (3 epochs), DPO on the pairs (1 epoch), DICE on
 # their prompts. Lengths and rows are for cards of 24 GB (gpt2-xl: 48); the smallest take larger steps.
 # These are usual values, not tuned here.

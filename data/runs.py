@@ -101,7 +101,7 @@ def shard(model, settings, device):
         groups.insert(0, model.embed)
     for module in groups:
         fully_shard(module.float(), **options)
-    model.computes_on = torch.device(device)
+    model.computes = torch.device(device), getattr(torch, settings.dtype)
 
 
 def offloads(settings, count, device):
@@ -380,8 +380,18 @@ class Shrunk(Exception):
     """Memory ran out in the middle of FSDP's work: the budget is smaller now, and the model of no use."""
 
 
+OUT_OF_MEMORY = "out of memory", "allocate memory", "ALLOC_FAILED"  # CUDA, CPU, cuBLAS
+
+
 def out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # CUDA, CPU
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
+
+
+def free_last_model():
+    """Models of FSDP hold themselves, in circles: without this the next one would have no room beside them."""
+    if dist.is_initialized():
+        gc.collect()
+    torch.cuda.empty_cache()
 
 
 def within_memory(work, *args):
@@ -405,14 +415,14 @@ def free_memory():
 # ---------------------------------------------------------------------------------------- the dry run
 def plan(run, count, sampling, scoring):
     """What a dice.Run will do, take and need, as text. count: parameters of its policy; sampling, scoring:
-    seconds that a token takes. InputError where the disk is too small."""
+    seconds that a token takes to be drawn, to be read. InputError where the disk is too small."""
     s, c = run.settings, run.config
     lengths = [len(x.tokens) for p in run.offline for x in (p.chosen, p.rejected)] or [s.max_new_tokens / 2]
     answer, prompt = sum(lengths) / len(lengths), sum(len(p.ids) for p in run.prompts) / len(run.prompts)
     drawn, dpo_steps = s.rounds * len(run.prompts) * s.samples, 0 if run.reference else s.dpo_steps
     pairs = s.sft_steps * s.sft_batch / 2 + dpo_steps * s.batch + s.rounds * s.steps * s.batch
     hours = [seconds / 3600 for seconds in (  # a training pass is three: forward, and backward twice as much
-        drawn * answer * sampling, 2 * drawn * (prompt + answer) * scoring,
+        drawn * answer * sampling, 2 * drawn * (prompt / s.samples + answer) * scoring,
         3 * pairs * 2 * (prompt + answer) * scoring)]
 
     size = 2 if s.dtype == "bfloat16" else 4  # bytes of a weight
@@ -427,6 +437,7 @@ def plan(run, count, sampling, scoring):
     need = {"sampling": (count + cache) * size, "scoring": count * size, "training": 16 * count / world()}
     if offloads(s, count, run.device):
         need["training"] = count * size / c.layers  # a layer at a time; the rest is in main memory
+    free_last_model()
     have = torch.cuda.mem_get_info(run.device)[0] if s.device.startswith("cuda") else free_memory()
     return "\n".join((
         f"plan for {run.out}; nothing was written",

@@ -115,8 +115,11 @@ def sampling_result(config, sizes, prompts, answers):
 
 
 def scoring_result(config, rows, logprobs):
+    """A prompt must be read once, not for each of its K answers."""
+    prompts = {tuple(p): forward_flops(config, len(p), 0) for p, _ in rows}
     return {"tokens": sum(len(p) + len(a) for p, a in rows),
-            "flops": sum(forward_flops(config, len(p), len(a)) for p, a in rows),
+            "flops": sum(forward_flops(config, len(p), len(a)) - prompts[tuple(p)] for p, a in rows)
+            + sum(prompts.values()),
             "note": f"mean log-prob {np.mean(logprobs):.3f}"}
 
 
@@ -169,6 +172,8 @@ def our_training(args, config, sizes):
         samples = our_samples([(p, a) for p, *both in rows for a in both])
         for x, value in zip(samples, dice.score(net, samples, run.score_budget)):
             x.logprob = value
+        if net.computes:
+            net.reshard()  # after a pass without gradients FSDP leaves the head as it was for that
         pairs = [dice.Pair(*both, "replayed") for both in zip(samples[::2], samples[1::2])]
         dice.train(run, "dpo", net, dice.preference_losses, pairs, lr=1e-7, steps=len(pairs), epochs=1,
                    batch=run.settings.batch)

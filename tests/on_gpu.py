@@ -42,16 +42,18 @@ def test_ragged_attention_is_what_the_suite_takes_it_for(config):
     cache = dice.KVCache(config, 300, 400, "cuda", torch.bfloat16)
     assert cache.ragged
     cache.k.normal_(), cache.v.normal_()
-    for rows in (1, 7, 300):
-        position = torch.randint(0, 400, (rows, 1), device="cuda")
-        q = torch.randn(rows, config.heads, 1, config.head_size, device="cuda", dtype=torch.bfloat16)
-        ours = cache.attend(2, q, cache.sees(position)).float()
-        starts = cache.row[: rows + 1].int()
+    for rows, T in ((1, 1), (7, 1), (300, 1), (5, 9), (2, 70)):
+        position = torch.randint(0, 401 - T, (rows, 1), device="cuda") + torch.arange(T, device="cuda")
+        q = torch.randn(rows, config.heads, T, config.head_size, device="cuda", dtype=torch.bfloat16)
+        ours = cache.attend(2, q, cache.sees(position)).cpu().float()
+        row = torch.arange(rows + 1, dtype=torch.int32)
         exact, *_ = ragged_attention(
-            q[:, :, 0], *(x[2].flatten(0, 1) for x in (cache.k, cache.v)), starts, starts * 400, 1, 400,
-            dropout_p=0.0, is_causal=False, return_debug_mask=False, seqused_k=position[:, 0].int() + 1,
+            *(x.cpu().flatten(0, 1) for x in (q.transpose(1, 2), cache.k[2], cache.v[2])),
+            row * T, row * 400, T, 400, dropout_p=0.0, is_causal=True, return_debug_mask=False,
+            seqused_k=position[:, -1].cpu().int() + 1,
         )  # fmt: skip
-        torch.testing.assert_close(ours[:, :, 0], exact.float(), atol=0.02, rtol=0.02)
+        exact = exact.view(rows, T, *exact.shape[1:]).transpose(1, 2)
+        torch.testing.assert_close(ours, exact.float(), atol=0.02, rtol=0.02)
 
 
 @every_shape
@@ -71,7 +73,7 @@ def test_recorded_steps_draw_what_the_steps_draw(config, monkeypatch):
 @torch.no_grad()
 def test_log_probs_agree_with_float32_and_with_the_sampler(config):
     """Of greedy answers: each token must be the likeliest in the scoring pass too, within 0.2 nats; summed
-    log-probs are those of the CPU in float32 within 0.02 nats a token on average."""
+    log-probs are those of the CPU in float32 within 0.04 nats a token on average."""
     net, rng = on_gpu(config), np.random.default_rng(0)
     prompts = random_ids(rng, *rng.integers(1, 300, 12), vocab=512)
     found = sample_all(net, prompts, 1, temperature=0, max_new_tokens=100, stop_ids=())
@@ -83,7 +85,7 @@ def test_log_probs_agree_with_float32_and_with_the_sampler(config):
         assert float((logprobs.amax(-1) - drawn).max()) < 0.2
     budget = dice.Budget(2000, "scoring")
     ours, exact = (np.array(dice.score(m, samples, budget)) for m in (net, network(config)))
-    assert np.mean(np.abs(ours - exact) / [len(x.tokens) for x in samples]) < 0.02
+    assert np.mean(np.abs(ours - exact) / [len(x.tokens) for x in samples]) < 0.04
 
 
 def test_training_follows_float32_wherever_its_state_is():

@@ -272,17 +272,20 @@ def ragged_attention(
     q, k, v, starts, k_starts, longest_q, longest_k, *, dropout_p, is_causal, return_debug_mask, seqused_k
 ):
     """What torch documents of varlen_attn, row by row in float64: sequence b has the queries from starts[b]
-    on and the keys from k_starts[b] on, of which seqused_k[b] count."""
-    assert not (dropout_p or is_causal or return_debug_mask) and q.shape[0] == int(starts[-1])
+    on and the keys from k_starts[b] on, of which seqused_k[b] count, and the last query sees all of these."""
+    assert is_causal and not (dropout_p or return_debug_mask) and q.shape[0] == int(starts[-1])
     assert {x.dtype for x in (starts, k_starts, seqused_k)} == {torch.int32}
-    rows, group = [], q.shape[1] // k.shape[1]
+    y, group = torch.empty_like(q), q.shape[1] // k.shape[1]
     for b in range(len(starts) - 1):
-        assert 0 < seqused_k[b] <= k_starts[b + 1] - k_starts[b] == longest_k and longest_q == 1
-        here = slice(int(k_starts[b]), int(k_starts[b] + seqused_k[b]))
-        for head, query in enumerate(q[b].double()):
-            keys, values = (x[here, head // group].double() for x in (k, v))  # (S, D)
-            rows.append((keys @ query / len(query) ** 0.5).softmax(0) @ values)
-    return torch.stack(rows).view_as(q).to(q.dtype), None, None, None, None
+        mine, used = range(int(starts[b]), int(starts[b + 1])), int(seqused_k[b])
+        assert len(mine) == longest_q <= used <= k_starts[b + 1] - k_starts[b] == longest_k
+        for t, i in enumerate(mine):
+            here = slice(int(k_starts[b]), int(k_starts[b]) + used - len(mine) + t + 1)
+            for head in range(q.shape[1]):
+                keys, values = (x[here, head // group].double() for x in (k, v))  # (S, D)
+                weights = (keys @ q[i, head].double() / q.shape[-1] ** 0.5).softmax(0)
+                y[i, head] = weights @ values
+    return y, None, None, None, None
 
 
 @pytest.fixture
@@ -303,6 +306,14 @@ def test_ragged_attention_and_recorded_steps_draw_the_same(config, request):
     streamed = []
     one = sample_all(net, prompts[2:3], 1, **options, on_token=streamed.append)
     assert one[0, 0] == known[2, 0] and streamed == one[0, 0][0]
+
+
+@FAMILIES
+def test_scores_by_ragged_attention_are_the_same(config, request):
+    net, samples = network(config), random_samples()
+    known = dice.score(net, samples, dice.Budget(200, "scoring"))
+    request.getfixturevalue("as_on_a_gpu")
+    assert dice.score(net, samples, dice.Budget(200, "scoring")) == pytest.approx(known, abs=1e-4)
 
 
 def test_a_step_on_a_gpu_waits_for_nothing(monkeypatch):
@@ -395,6 +406,28 @@ def test_sequence_logprobs_equal_a_float64_loop(config):
         assert found[row].item() == pytest.approx(total, abs=2e-4)
     alone = torch.cat([dice.sequence_logprobs(net, [p], [a]) for p, a in zip(prompts, answers)])
     torch.testing.assert_close(found, alone, atol=1e-4, rtol=0)  # padding changes nothing
+
+
+def random_samples():
+    """Several answers, of one token too, to prompts of different length."""
+    rng, samples = np.random.default_rng(3), []
+    for length, count in ((5, 4), (1, 6), (17, 1), (9, 5)):
+        prompt = dice.Prompt("", random_ids(rng, length)[0])
+        answers = random_ids(rng, 1, *rng.integers(1, 20, count - 1))
+        samples += [dice.Sample(prompt, ids, "") for ids in answers]
+    return [samples[i] for i in rng.permutation(len(samples))]
+
+
+@FAMILIES
+def test_prompts_read_once_give_the_scores_of_prompts_read_for_each_answer(config, monkeypatch):
+    net, samples, read = network(config).double(), random_samples(), []
+    known = [dice.sequence_logprobs(net, [x.prompt.ids], [x.tokens]).item() for x in samples]
+    real = dice.prefill
+    monkeypatch.setattr(dice, "prefill", lambda model, prompts: read.extend(prompts) or real(model, prompts))
+    for tokens in (1, 60, 10**6):
+        assert dice.score(net, samples, dice.Budget(tokens, "scoring")) == pytest.approx(known, abs=1e-9)
+        assert sorted(map(len, read)) == [1, 5, 9, 17]
+        read.clear()
 
 
 def test_log_probs_in_chunks_have_the_same_values_and_gradients_and_keep_no_large_logits(monkeypatch):

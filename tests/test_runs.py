@@ -7,13 +7,14 @@ import math
 import os
 import signal
 import time
+import weakref
 from dataclasses import replace
 
 import kill
 import numpy as np
 import pytest
 import torch
-from test_dice import LLAMA, Bench, checkpoint, network, random_pairs, train_dpo
+from test_dice import LLAMA, Bench, checkpoint, network, random_pairs, random_samples, train_dpo
 
 import dice
 import model as models
@@ -218,16 +219,23 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_pairs(
 
 def allocation(limit, monkeypatch):
     """Let memory run out above `limit` padded tokens in one pass."""
-    real, seen = dice.sequence_logprobs, []
+    real, real_continued, seen = dice.sequence_logprobs, dice.continued_logprobs, []
 
-    def small_memory(model, prompts, answers):
-        tokens = len(prompts) * max(len(p) + len(a) for p, a in zip(prompts, answers))
+    def take(tokens):
         if tokens > limit:
             raise torch.OutOfMemoryError(f"tried to allocate {tokens}")
         seen.append(tokens)
+
+    def small_memory(model, prompts, answers):
+        take(len(prompts) * max(len(p) + len(a) for p, a in zip(prompts, answers)))
         return real(model, prompts, answers)
 
+    def small_memory_continued(model, prompts, last, rows, answers):
+        take(len(rows) * (prompts.used + max(map(len, answers))))
+        return real_continued(model, prompts, last, rows, answers)
+
     monkeypatch.setattr(dice, "sequence_logprobs", small_memory)
+    monkeypatch.setattr(dice, "continued_logprobs", small_memory_continued)
     return seen
 
 
@@ -309,6 +317,16 @@ def test_a_sharded_model_that_ran_out_of_memory_is_loaded_anew(monkeypatch):
     assert float((results[0][0] - results[1][0]).abs().mean()) < 5e-4
 
 
+def test_a_sharded_model_is_gone_before_the_next_one_is_loaded():
+    net = network(LLAMA)
+    dice.shard(net, Bench(offload="no").settings, "cpu")
+    net(torch.tensor([[5, 6]])).sum().backward()
+    kept = weakref.ref(net.layers[0].qkv)
+    del net
+    runs.free_last_model()
+    assert kept() is None
+
+
 def test_a_pair_too_large_for_memory_is_named(monkeypatch):
     net = network(LLAMA)
     pairs = random_pairs(net, 4)
@@ -345,14 +363,9 @@ def test_other_runtime_errors_keep_their_traceback(monkeypatch):
     def broken(*_):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(dice, "sequence_logprobs", broken)
+    monkeypatch.setattr(dice, "continued_logprobs", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         dice.score(network(LLAMA), random_samples(), dice.Budget(100, "scoring"))
-
-
-def random_samples():
-    prompt = dice.Prompt("x", [5, 6])
-    return [dice.Sample(prompt, [7, 2], "y")]
 
 
 def test_warnings_come_when_they_should_and_only_then():
