@@ -333,7 +333,7 @@ class Transformer(nn.Module):
                 sees = cache.sees(position)
         x, rope = self.embed(tokens), None
         if self.position is not None:
-            x = x + self.position(position)
+            x = x + self.position(position.clamp(max=self.config.context - 1))  # padding may reach beyond
         else:
             angle = position[:, None, :, None] * rotary_frequencies(self.config, tokens.device)
             rope = angle.cos(), angle.sin()  # (1 or B, 1, T, D/2)
@@ -701,8 +701,8 @@ def answer_states(model, prompts, answers):
 
 
 def states_of(hidden, targets, starts, answers):
-    """The part of hidden states (B, T, C) and targets (B, T) that is the answers, each from its place in
-    starts on, as answer_states returns it."""
+    """What answer_states returns, of hidden states (B, T, C) and targets (B, T) in which the answers start at
+    these places."""
     T = targets.shape[1]
     place = torch.tensor([row * T + t for row, (start, answer) in enumerate(zip(starts, answers))
                           for t in range(start, start + len(answer))], device=targets.device)  # (N,)
@@ -720,9 +720,9 @@ def sequence_logprobs(model, prompts, answers):
 
 
 def continued_logprobs(model, prompts, last, rows, answers):
-    """sequence_logprobs of answers to the prompts in these rows of what prefill() returned."""
+    """sequence_logprobs of B answers, each to the prompt in one of the rows that prefill() has read."""
     tokens, _ = pad(answers, model.device)  # (B, T)
-    hidden = last[rows, None]  # (B, 1, C): scores the first token
+    hidden = last[rows, None]  # (B, 1, C): the prompt's last state scores the first token
     if tokens.shape[1] > 1:
         hidden = torch.cat((hidden, model(tokens[:, :-1], prompts.spread(rows, tokens.shape[1]))), dim=1)
     hidden, targets, total = states_of(hidden, tokens, [0] * len(answers), answers)

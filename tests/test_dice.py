@@ -411,9 +411,9 @@ def test_sequence_logprobs_equal_a_float64_loop(config):
 def random_samples():
     """Several answers, of one token too, to prompts of different length."""
     rng, samples = np.random.default_rng(3), []
-    for length, count in ((5, 4), (1, 6), (17, 1), (9, 5)):
+    for length, count in ((5, 4), (1, 6), (17, 1), (9, 5), (60, 2)):  # of a context of 64
         prompt = dice.Prompt("", random_ids(rng, length)[0])
-        answers = random_ids(rng, 1, *rng.integers(1, 20, count - 1))
+        answers = random_ids(rng, 1, *rng.integers(1, min(60, 65 - length), count - 1))
         samples += [dice.Sample(prompt, ids, "") for ids in answers]
     return [samples[i] for i in rng.permutation(len(samples))]
 
@@ -426,7 +426,7 @@ def test_prompts_read_once_give_the_scores_of_prompts_read_for_each_answer(confi
     monkeypatch.setattr(dice, "prefill", lambda model, prompts: read.extend(prompts) or real(model, prompts))
     for tokens in (1, 60, 10**6):
         assert dice.score(net, samples, dice.Budget(tokens, "scoring")) == pytest.approx(known, abs=1e-9)
-        assert sorted(map(len, read)) == [1, 5, 9, 17]
+        assert sorted(map(len, read)) == [1, 5, 9, 17, 60]
         read.clear()
 
 
