@@ -171,7 +171,7 @@ class Settings:
         if self.dtype == "auto":
             self.dtype = "bfloat16" if self.device.startswith("cuda") else "float32"
         try:
-            torch.empty(1, device=self.device)
+            torch.empty(1, device=runs.own_device(self.device))
         except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not there
             raise InputError(f"--device {self.device}: {str(error).splitlines()[0]}")
 

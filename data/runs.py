@@ -38,13 +38,17 @@ from model import InputError
 # training step. All of them see the same directory. The first one writes what there is one of.
 
 
+def own_device(device):
+    """"cuda" is another GPU for each process that torchrun has started."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+
 def join_processes(device):
     """Meet the other processes of torchrun, if it started this one. Returns the device of this process."""
-    if "WORLD_SIZE" in os.environ:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        if not dist.is_initialized():  # one may wait long for another's chunk; who is gone is noticed at once
-            dist.init_process_group(backend_for(device), timeout=timedelta(days=7))
+    device = own_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # One may wait long for another's chunk; who is gone is noticed at once.
+        dist.init_process_group(backend_for(device), timeout=timedelta(days=7))
     if ":" in device:
         torch.cuda.set_device(device)  # FSDP takes the current one
     return device
