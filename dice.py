@@ -243,7 +243,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)  # the angles are float32
 
 
-torch.backends.cuda.enable_cudnn_sdp(False)  # it makes a plan for each new shape, and ours are all new
+torch.backends.cuda.enable_cudnn_sdp(False)  # Flash instead: cuDNN plans anew for each shape
 
 
 class Layer(nn.Module):
@@ -394,7 +394,6 @@ class KVCache:
     """Keys and values of many rows, each filled from position 0 to its own length. The sampler owns it."""
 
     def __init__(self, config, rows, capacity, device, dtype):
-        self.config = config
         shape = (config.layers, rows, capacity, config.kv_heads, config.head_size)
         # Zeros, not empty: a masked place has weight 0, but fresh memory may hold NaN, and 0 * NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
@@ -439,27 +438,13 @@ class KVCache:
         mask = sees if T == 1 else sees.repeat(1, 1, H // G, 1)  # the mask of one query broadcasts
         return F.scaled_dot_product_attention(q.reshape(B, G, -1, D), k, v, attn_mask=mask).view(B, H, T, D)
 
-    def fill(self, start, prompts, samples):
-        """Put the rows of the cache prompts, each of them samples times, into the rows from start on."""
-        rows = slice(start, start + len(prompts.length) * samples)
-        for mine, theirs in ((self.k, prompts.k), (self.v, prompts.v)):
-            mine[:, rows, :prompts.used].unflatten(1, (-1, samples)).copy_(theirs[:, :, None])
-        self.length[rows] = prompts.length.repeat_interleave(samples)
-        self.used = max(self.used, prompts.used)
-
-    def spread(self, rows, room):
-        """A new cache with copies of these rows, any number of each, and room for more places behind."""
-        new = KVCache(self.config, len(rows), self.used + room, self.k.device, self.k.dtype)
-        new.k[:, :, :self.used], new.v[:, :, :self.used] = (x[:, rows, :self.used] for x in (self.k, self.v))
-        new.length, new.used = self.length[rows], self.used
-        return new
-
-    def move(self, source, target):
-        """Copy whole rows over others."""
-        for old, new in zip(source, target):  # one by one: together they would need memory in between
-            for x in (self.k, self.v):
-                x[:, new, :self.used] = x[:, old, :self.used]
-        self.length[target] = self.length[source]
+    def copy(self, source, rows, places):
+        """Copy rows of another cache, or of this one, to these places."""
+        for row, place in zip(rows, places):  # one by one: together they would need memory in between
+            for mine, theirs in ((self.k, source.k), (self.v, source.v)):
+                mine[:, place, :source.used] = theirs[:, row, :source.used]
+        self.length[places] = source.length[rows]
+        self.used = max(self.used, source.used)
 
 
 def prefill(model, prompts):
@@ -535,7 +520,8 @@ class Flight:
         """Prefill prompts, (index, ids) each, once, and start as many rows for each as it gets samples."""
         cache, last = prefill(self.model, [ids for _, ids in prompts])
         new = slice(len(self.owner), len(self.owner) + len(prompts) * samples)
-        self.cache.fill(new.start, cache, samples)
+        rows = [row for row in range(len(prompts)) for _ in range(samples)]
+        self.cache.copy(cache, rows, list(range(new.start, new.stop)))
         self.owner += [(index, sample) for index, _ in prompts for sample in range(samples)]
         self.count[new], self.done[new] = 0, False
         self.limit[new] = torch.tensor(limits, device=last.device).repeat_interleave(samples)
@@ -587,7 +573,7 @@ class Flight:
         if holes:
             for state in (self.token, self.count, self.limit, self.done, self.answer, self.uniform):
                 state[holes] = state[movers]
-            self.cache.move(movers, holes)
+            self.cache.copy(self.cache, movers, holes)
         for hole, mover in zip(holes, movers):
             self.owner[hole] = self.owner[mover]
         del self.owner[left:]
@@ -715,7 +701,10 @@ def states_of(hidden, targets, starts, answers):
 
 def sequence_logprobs(model, prompts, answers):
     """log pi(answer | prompt), summed over the answer's tokens: B lists of ids each -> (B,)."""
-    hidden, targets, total = answer_states(model, prompts, answers)
+    return total_logprobs(model, *answer_states(model, prompts, answers))
+
+
+def total_logprobs(model, hidden, targets, total):
     return total(TokenLogprobs.apply(hidden, model.head_weight, targets))
 
 
@@ -723,10 +712,12 @@ def continued_logprobs(model, prompts, last, rows, answers):
     """sequence_logprobs of B answers, each to the prompt in one of the rows that prefill() has read."""
     tokens, _ = pad(answers, model.device)  # (B, T)
     hidden = last[rows, None]  # (B, 1, C): the prompt's last state scores the first token
-    if tokens.shape[1] > 1:
-        hidden = torch.cat((hidden, model(tokens[:, :-1], prompts.spread(rows, tokens.shape[1]))), dim=1)
-    hidden, targets, total = states_of(hidden, tokens, [0] * len(answers), answers)
-    return total(TokenLogprobs.apply(hidden, model.head_weight, targets))
+    T = tokens.shape[1]
+    if T > 1:
+        cache = KVCache(model.config, len(rows), prompts.used + T, model.device, model.dtype)
+        cache.copy(prompts, rows, list(range(len(rows))))
+        hidden = torch.cat((hidden, model(tokens[:, :-1], cache)), dim=1)
+    return total_logprobs(model, *states_of(hidden, tokens, [0] * len(answers), answers))
 
 
 def sequence_logprobs_and_kl(model, reference, prompts, answers):
@@ -739,15 +730,15 @@ def sequence_logprobs_and_kl(model, reference, prompts, answers):
     with torch.no_grad():
         fixed, _, _ = answer_states(reference, prompts, answers)  # (N, C of the reference)
 
-    def chunk_kl(hidden, fixed):
+    def chunk(hidden, fixed, targets):
         policy, ref = (F.log_softmax(net.logits(x), -1, dtype=torch.promote_types(x.dtype, torch.float32))
                        for net, x in ((model, hidden), (reference, fixed)))  # (n, V)
-        return F.kl_div(policy, ref, reduction="none", log_target=True).sum(-1)
+        kl = F.kl_div(policy, ref, reduction="none", log_target=True).sum(-1)
+        return torch.stack((policy.gather(-1, targets[:, None])[:, 0], kl))  # (2, n)
 
-    size = chunk_size(model.head_weight)
-    kl = torch.cat([checkpoint(chunk_kl, h, f, use_reentrant=False)
-                    for h, f in zip(hidden.split(size), fixed.split(size))])
-    return total(TokenLogprobs.apply(hidden, model.head_weight, targets)), total(kl)
+    parts = zip(*(x.split(chunk_size(model.head_weight)) for x in (hidden, fixed, targets)))
+    logprobs, kl = torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts], dim=1)
+    return total(logprobs), total(kl)
 
 
 def prompts_and_answers(samples):

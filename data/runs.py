@@ -392,7 +392,7 @@ def out_of_memory(error):
 
 
 def free_last_model():
-    """Models of FSDP hold themselves, in circles: without this the next one would have no room beside them."""
+    """FSDP's models hold themselves, in circles: without this the next one would find no room beside them."""
     if dist.is_initialized():
         gc.collect()
     torch.cuda.empty_cache()

@@ -149,7 +149,7 @@ def test_other_settings_data_or_processes_are_refused(small, checkpoint, tmp_pat
 def test_a_full_disk_ends_the_run_and_what_is_done_is_kept(
     what, alone, small, tmp_path, monkeypatch, capsys
 ):
-    """The disk is full at the 30th line, the 7th directory, the 50th file of tensors: somewhere in the middle."""
+    """The disk is full at the 70th line, the 7th directory, the 50th file of tensors: in the middle."""
     full, calls = OSError(errno.ENOSPC, "No space left on device"), []
     where, name, last = {"append": (runs, "append", 70), "rename": (os, "rename", 7),
                          "tensors": (models, "save_file", 50)}[what]  # fmt: skip
