@@ -1,6 +1,6 @@
 """The tiny world: a whole preference-optimisation problem that one CPU can finish in minutes.
 
-Prompts ask for one to three facts about an animal and an imperfect writer answers them.
+Prompts ask for one to three facts about an animal, and an imperfect writer answers them.
     annotator   labels the offline preference pairs; it is noisy and likes long answers, as people do
     judge       the gold score, exact and blind to length: for evaluation and upper bounds only
     win_rates   turns gold scores and lengths into a win rate and a length-controlled win rate
@@ -10,8 +10,7 @@ Prompts ask for one to three facts about an animal and an imperfect writer answe
     "What a bore. The bat sleeps in a pond. By the way, I sing. Take care."                 judged -2.5
 
 Everything here is text, nothing is downloaded, and the same seed gives the same data. Use ONE seed for all
-the functions of an experiment: the seed also draws the split into training and held-out prompts.
-"""
+the functions of an experiment: the seed also draws the split into training and held-out prompts."""
 import json
 import re
 from collections import Counter
@@ -20,30 +19,32 @@ from pathlib import Path
 
 import numpy as np
 
-# ---------------------------------------------------------------------------------------- the knobs
+from data.tokenizer import LETTERS
+
+# ---------------------------------------------------------------------------------------- numbers to change
 SFT_EXAMPLES = 40_000  # answers for the supervised start: about 40 for each of the 1024 training prompts
-PREFERENCES = 2304     # offline pairs; they walk through the training prompts, so 2 for each of the 1024, and
-                       # 256 more that dice.py keeps from training
+PREFERENCES = 2304     # offline pairs, on the training prompts in turn: 2 for each of the 1024, and 256 more,
+                       # as many as dice.py holds out of training
 ANIMALS = 32           # how many rows of TABLE are used (the first ones), 40 prompts each; at most 32
 DICE_PROMPTS = 256     # training prompts that are sampled for, the same in every round
-HELD_OUT = 256         # prompts kept for evaluation, 8 per animal; fewer takes a random part of them
+HELD_OUT = 256         # prompts kept for evaluation, 8 per animal; a smaller number takes a random part
 
-# The writer. Its commonest claim about a fact is the true one: there is something to be sharpened.
+# The writer. Its commonest claim about a fact is the true one, so better answers can be learned from its own.
 RUDE = 0.3             # chance that the answer opens with a rude sentence
 OPENER = 1.0           # chance of a polite opener where it is not rude
-LEFT_OUT = 0.1         # chance that an asked fact is not mentioned (the last one left always is)
+LEFT_OUT = 0.1         # chance that an asked fact is left out (one is always mentioned)
 WRONG = 0.35           # chance that a claim is false
-MISTAKES = 3           # false values the writer has for each fact, 1 to 11. Many would be rare each, so
-                       # that any cut of the tail in sampling (min-p, top-p) removed them for free
+MISTAKES = 3           # false values that the writer knows for each fact, 1 to 11. With many of them each
+                       # would be so rare that top-p or min-p sampling alone would remove it
 OFF_TOPIC = 0.3        # chance of one sentence about something else, after the claims
 
 # The annotator: P(a preferred to b) = sigmoid(SHARPNESS * gold difference + LENGTH_BIAS * length difference)
 # As set it agrees with the judge on 63% of the pairs, and its chosen answers are 14 characters longer.
-SHARPNESS = 0.5        # per unit of gold score; one rude sentence is one unit. Lower is noisier
-LENGTH_BIAS = 0.03     # per CHARACTER, the unit of the length shaping in DICE; one closer is 9 to 16
+SHARPNESS = 0.5        # per unit of gold score; a rude sentence costs one unit. Lower is noisier
+LENGTH_BIAS = 0.03     # per CHARACTER, the unit of the length shaping in DICE; a closer has 9 to 16
 
 # ---------------------------------------------------------------------------------------- the world
-# True facts, easy to look up. One answer counts for each: that foxes eat mice as well is wrong here.
+# True facts, easy to look up. Only one answer to each is right: here it is wrong that foxes eat mice too.
 ATTRIBUTES = ("colour", "home", "food", "skill")
 TABLE = """
     ant       | black            | in an anthill   | sugar    | carry leaves
@@ -85,22 +86,20 @@ VALUES = {attribute: sorted({facts[attribute] for facts in FACTS.values()}) for 
 VERBS = dict(colour=("is", "looks"), home=("lives", "sleeps"), food=("eats", "likes"), skill=("can",))
 
 # Each kind of sentence has first words of its own. Subtle: where two kinds share them ("It is ..."), a tiny
-# model that learns to say more of one says more of the other, and the reward of both is blurred.
+# model that learns to write more of one writes more of the other, and their rewards are hard to tell apart.
 OPENERS = ("Glad you asked me this.", "Of course I can help you.", "Happy to tell you more.")
 RUDENESS = ("Figure it out.", "What a bore.", "Nobody cares.")
 ASIDES = ("By the way, I sing.", "Meanwhile, it rains.", "Anyway, I am here.")
-# Closers come in this order, and no answer says one twice: a model this small does not keep count of what
-# it has said, and a world that pays for saying it again teaches it to babble.
+# Closers come in this order, and none occurs twice in an answer: so small a model does not keep count, and
+# if repetition made an answer better, it would only learn to repeat.
 CLOSERS = ("Hope this helps.", "Take care.", "Have fun.", "Good luck.", "Come back soon.")
-
 
 def statement(animal, clauses):
     """All claims in one sentence: statement("bat", ["lives in a cave", "is brown"]) is "The bat lives in a
-    cave and is brown.". Subtle: its "and" says which claim is the last one. Where every claim is a sentence
-    of its own, a model this small, rewarded for claims, does not learn when to stop, and goes on."""
+    cave and is brown.". Subtle: the "and" marks the last claim. If every claim were a sentence of its own, so
+    small a model, rewarded for claims, would not learn when to stop."""
     *others, last = clauses
     return f"The {animal} {', '.join(others) + ' and ' if others else ''}{last}."
-
 
 def question(animal, asked):
     """The prompt for the attributes `asked`, in that order."""
@@ -108,29 +107,25 @@ def question(animal, asked):
     names = f"{', '.join(others)} and {last}" if others else last
     return f"Tell me the {names} of the {animal}."
 
-
-# Text to meaning, for everything that can be said: the judge looks sentences up and never has to guess.
+# Text to meaning, for all texts of this world: the judge looks sentences up and never has to guess.
 PROMPTS = {question(animal, asked): (animal, asked)
            for animal in FACTS for n in (1, 2, 3) for asked in permutations(ATTRIBUTES, n)}
 CLAUSES = {f"{verb} {value}": (attribute, value)
            for attribute in ATTRIBUTES for value in VALUES[attribute] for verb in VERBS[attribute]}
-KINDS = {text: kind for text, kind in (*((text, "polite") for text in OPENERS + CLOSERS),
-                                       *((text, "rude") for text in RUDENESS),
-                                       *((text, "off-topic") for text in ASIDES))}
-
+KINDS = (dict.fromkeys(OPENERS + CLOSERS, "polite") | dict.fromkeys(RUDENESS, "rude")
+         | dict.fromkeys(ASIDES, "off-topic"))
 
 def parse(sentence):
     """A statement -> [(animal, attribute, value) of each claim]; [] for any other sentence."""
     match = re.fullmatch(r"The (\w+) (.*)\.", sentence)
     if not match or match[1] not in FACTS:
         return []
-    for cut in re.finditer(" and |$", match[2]):  # which? "black and white" has one of its own
+    for cut in re.finditer(" and |$", match[2]):  # which "and"? "black and white" contains one
         head, last = match[2][:cut.start()], match[2][cut.end():]
         clauses = [*head.split(", "), last] if last else [head]
         if all(clause in CLAUSES for clause in clauses):
             return [(match[1], *CLAUSES[clause]) for clause in clauses]
     return []
-
 
 # ---------------------------------------------------------------------------------------- the data
 def sft_examples(seed: int) -> list[dict]:
@@ -138,7 +133,6 @@ def sft_examples(seed: int) -> list[dict]:
     prompts, rng = split(seed)[0], np.random.default_rng([seed, 1])
     rows = (prompts[i] for i in rng.integers(len(prompts), size=SFT_EXAMPLES))
     return [{"prompt": prompt, "chosen": write(prompt, rng)} for prompt in rows]
-
 
 def preferences(seed: int) -> list[dict]:
     """PREFERENCES rows {"prompt", "chosen", "rejected", "score_chosen", "score_rejected"}: two different
@@ -149,7 +143,7 @@ def preferences(seed: int) -> list[dict]:
         a, b = write(prompt, rng), write(prompt, rng)
         while b == a:
             b = write(prompt, rng)
-        # a wins if utility(a) - utility(b) + noise > 0, the noise logistic; each score bears half of it.
+        # a wins if utility(a) - utility(b) + noise > 0, with logistic noise: half of it in each score.
         u = rng.random()
         noise = np.log1p(-u) - np.log(u)
         scores = utility(prompt, a) + noise / 2, utility(prompt, b) - noise / 2
@@ -158,24 +152,19 @@ def preferences(seed: int) -> list[dict]:
                       "score_chosen": float(won), "score_rejected": float(lost)})
     return pairs
 
-
 def training_prompts(seed: int) -> list[str]:
-    """DICE_PROMPTS prompts of the training split, of which 32 animals have 1024, shuffled."""
+    """DICE_PROMPTS prompts of the training split (which has 1024 for 32 animals), shuffled."""
     prompts = split(seed)[0]
     return [prompts[i] for i in np.random.default_rng([seed, 3]).permutation(len(prompts))[:DICE_PROMPTS]]
 
-
 def held_out_prompts(seed: int) -> list[str]:
-    """HELD_OUT prompts; the set of attributes each asks for, of that animal, is in no training prompt."""
+    """HELD_OUT prompts. No training prompt asks for the same set of attributes of the same animal."""
     return split(seed)[1]
 
-
 def split(seed):
-    """(training prompts, held-out prompts), both shuffled.
-
-    Of each animal's 6 pairs and 4 triples of attributes one each is held out, in every order: 2 + 6 of its
-    40 prompts. Every single fact stays in training: what the held-out prompts test is the combination.
-    """
+    """(training prompts, held-out prompts), both shuffled. One of each animal's 6 pairs of attributes and one
+    of its 4 triples are held out, in every order: 2 + 6 of its 40 prompts. Every single fact stays in
+    training: the held-out prompts test new combinations."""
     rng, training, held_out = np.random.default_rng([seed, 0]), [], []
     for animal in list(FACTS)[:ANIMALS]:
         triple, pair = (frozenset(rng.permutation(ATTRIBUTES)[:n].tolist()) for n in (3, 2))
@@ -186,12 +175,10 @@ def split(seed):
     rng.shuffle(held_out)
     return training, held_out[:HELD_OUT]
 
-
 def write(prompt, rng):
-    """One answer of the imperfect writer: [rude | opener] claims in the order asked [aside] closers."""
+    """One answer of the imperfect writer: [rude | opener] claims in the asked order [aside] closers."""
     def pick(options):
         return options[rng.integers(len(options))]
-
     animal, asked = PROMPTS[prompt]
     sentences = []
     if rng.random() < RUDE:
@@ -206,16 +193,14 @@ def write(prompt, rng):
         clauses.append(f"{pick(VERBS[attribute])} {value}")
     sentences.append(statement(animal, clauses))
     closers = rng.permutation(len(CLOSERS))[:rng.integers(len(CLOSERS) + 1)]
-    if rng.random() < OFF_TOPIC:  # in the place of a closer: bad answers must not be the longer ones
+    if rng.random() < OFF_TOPIC:  # instead of a closer: bad answers must not be longer than good ones
         sentences.append(pick(ASIDES))
         closers = closers[1:]
     return " ".join(sentences + [CLOSERS[i] for i in sorted(closers)])
 
-
 def utility(prompt, answer):
-    """What the annotator sees in an answer, but for the noise: P(a preferred to b) = sigmoid(difference)."""
+    """How good the annotator finds an answer, without noise: P(a preferred to b) = sigmoid(difference)."""
     return SHARPNESS * judge(prompt, answer) + LENGTH_BIAS * len(answer)
-
 
 # ---------------------------------------------------------------------------------------- evaluation
 def judge(prompt: str, answer: str) -> float:
@@ -223,11 +208,9 @@ def judge(prompt: str, answer: str) -> float:
 
         (right - wrong) / asked - rude - off-topic - garbled - 0.5 repeated            (counts)
 
-    A false claim or one about another animal is wrong; a claim about an attribute nobody asked for is
-    off-topic, true or not; a sentence that is not exactly one of the world's is garbled. What says the same
-    thing again is repeated, on top of what it costs by itself, and is not right a second time. Length,
-    order and polite sentences count nothing.
-    """
+    A false claim, or one about another animal, is wrong. A claim about an attribute that was not asked for is
+    off-topic, true or not. A sentence that is not exactly one of the world's is garbled. Whatever occurs a
+    second time is repeated: costs extra, is not right again. Length, order and politeness do not count."""
     if prompt not in PROMPTS:
         raise ValueError(f"not a prompt of the tiny world: {prompt!r}")
     animal, asked = PROMPTS[prompt]
@@ -247,16 +230,14 @@ def judge(prompt: str, answer: str) -> float:
                 wrong += not true
     return (right - wrong) / len(asked) - faults - 0.5 * repeated
 
-
 def win_rates(score, base_score, length, base_length) -> tuple[float, float]:
     """(win rate, length-controlled win rate) of a model against a base, both in percent.
 
-    All four are arrays (N,), row i of each for the same prompt; a tie in score counts half. Controlled for
-    length as in AlpacaEval 2 (arXiv 2404.04475), no instruction term: fit P(win) = sigmoid(a + b x) with
-    x = tanh(dlen / std(dlen)), then report sigmoid(a), the win rate at equal length. A small ridge on b
-    alone keeps it finite where length separates wins from losses; where every row is a win, or none is, a is
-    infinite and both rates are 100, or 0. Lengths may be in any unit.
-    """
+    All four are arrays (N,), row i of each for the same prompt; a tie in score counts half. Length is
+    controlled as in AlpacaEval 2 (arXiv 2404.04475), without its instruction term: fit
+    P(win) = sigmoid(a + b x) with x = tanh(dlen / std(dlen)), and report sigmoid(a), the win rate at equal
+    length. A small ridge on b keeps it finite where length separates wins from losses. If every row is a win,
+    or none is, both rates are 100, or 0. Lengths may be in any unit."""
     gap = np.asarray(score, dtype=float) - np.asarray(base_score, dtype=float)             # (N,)
     dlen = np.asarray(length, dtype=float) - np.asarray(base_length, dtype=float)          # (N,)
     win = np.where(np.abs(gap) < 1e-9, 0.5, gap > 0)  # thirds are not exact: a tie can be 1e-16 away from 0
@@ -266,24 +247,21 @@ def win_rates(score, base_score, length, base_length) -> tuple[float, float]:
     x = np.tanh(dlen / dlen.std()) if dlen.std() > 0 else np.zeros_like(dlen)
     inputs = np.stack([np.ones_like(x), x], axis=1)                                        # (N, 2)
     weights, ridge = np.zeros(2), np.array([0.0, 0.1])
-    for _ in range(30):  # Newton from 0: 15 steps are enough even where length separates
+    for _ in range(30):  # Newton's method: 15 steps are enough even where length separates
         p = 0.5 + 0.5 * np.tanh(inputs @ weights / 2)                                      # (N,)
         gradient = inputs.T @ (p - win) + ridge * weights                                  # (2,)
         hessian = (inputs.T * (p * (1 - p))) @ inputs + np.diag(ridge)                     # (2, 2)
         weights -= np.linalg.solve(hessian, gradient)
     return 100 * rate, 100 * float(0.5 + 0.5 * np.tanh(weights[0] / 2))
 
-
 # ---------------------------------------------------------------------------------------- the tokenizer
 END = "<|end|>"
-
 
 def write_tokenizer(directory: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json (Hugging Face form) for a byte-level BPE of this world.
 
     Ids 0..255 are the bytes, then one id per merge, then END, which is also the padding. Every word of the
-    world is one token, with its leading space if it has one; any other text becomes pieces and bytes.
-    """
+    world is one token, with its leading space if it has one; any other text becomes pieces and bytes."""
     alphabet = byte_alphabet()
     merges = train_merges({"".join(alphabet[b] for b in word.encode()) for word in words()})
     tokens = alphabet + ["".join(merge) for merge in merges]
@@ -292,42 +270,31 @@ def write_tokenizer(directory: Path) -> None:
            "normalized": False, "special": True}
     bpe = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
            "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
-           "vocab": {token: i for i, token in enumerate(tokens)},
-           "merges": [" ".join(merge) for merge in merges]}
+           "vocab": {t: i for i, t in enumerate(tokens)}, "merges": [" ".join(pair) for pair in merges]}
     tokenizer = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [end],
                  "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
                  "decoder": byte_level, "model": bpe}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END, "pad_token": END,
               "clean_up_tokenization_spaces": False, "model_max_length": 1024}
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", config)):
         (directory / name).write_text(json.dumps(content, indent=1) + "\n")
 
-
 def words():
-    """Every word and mark of the world as GPT-2's pattern cuts them; the first has no space before it."""
-    texts = [*PROMPTS, *OPENERS, *RUDENESS, "The"]
-    texts += [f" {text}" for text in ("The", *FACTS, *CLAUSES, *KINDS)]
+    """Every word and mark of the world as GPT-2's pattern cuts them. A first word has no space before it."""
+    texts = [*PROMPTS, *OPENERS, *RUDENESS, "The", *(f" {t}" for t in ("The", *FACTS, *CLAUSES, *KINDS))]
     return {word for text in texts for word in re.findall(r" ?[A-Za-z]+|[.,]", text)}
 
-
 def byte_alphabet():
-    """GPT-2's 256 printable stand-ins, indexed by byte: a byte that prints stands for itself, the others for
-    the characters from 256 on, in order (openai/gpt-2 src/encoder.py, bytes_to_unicode)."""
-    prints = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(b) if b in prints else chr(next(others)) for b in range(256)]
-
+    """The letters that GPT-2 writes for the bytes 0 .. 255."""
+    return sorted(LETTERS, key=LETTERS.get)
 
 def train_merges(words):
-    """Byte-pair encoding: join the commonest pair of neighbours until every word is one piece.
-
-    Each word counts once, however often it is said: that shares the most pieces, so the fewest are needed.
-    """
+    """Byte-pair encoding: join the commonest pair of neighbours until every word is one piece. Each word
+    counts once, however often it occurs, so that words share pieces and few are needed."""
     splits, merges = [list(word) for word in sorted(words)], []
     while pairs := Counter(pair for parts in splits for pair in zip(parts, parts[1:])):
-        merges.append(max(pairs, key=pairs.get))  # of equals the first met, and the words are sorted
+        merges.append(max(pairs, key=pairs.get))  # of equals the first in the sorted words
         for parts in splits:
             for i in range(len(parts) - 1):
                 if tuple(parts[i:i + 2]) == merges[-1]:

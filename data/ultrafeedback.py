@@ -1,65 +1,51 @@
 """The paper's data: 10k prompts of UltraFeedback, and the offline pairs on them, from the DICE repository.
 
-    python data/ultrafeedback.py
+    python data/ultrafeedback.py        makes data/uf-10k/prompt.json and data/uf-10k/preference.json
 
-makes data/uf-10k/prompt.json and data/uf-10k/preference.json, the defaults of `--model llama3-8b` and
-`--model zephyr-7b`. A file appears when the form of its every row has been checked. DICE_DATA_URL names
-another place to fetch the two from, a mirror for instance.
-"""
-import argparse
+They are the defaults of `--model llama3-8b` and `--model zephyr-7b`. A file is kept only if all its rows can
+be read. DICE_DATA_URL names another place to fetch the two from, a mirror for instance."""
 import os
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import model as models
-from data import jsonl
-from model import InputError
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # needed as a script
+from data import hub, jsonl  # noqa: E402
+from data.files import InputError, one_at_a_time  # noqa: E402
 
 SOURCE = "https://raw.githubusercontent.com/sail-sg/dice/main/data/UF-10k-subset"
 FILES = {"prompt.json": jsonl.read_prompts, "preference.json": jsonl.read_preferences}
 DIRECTORY = Path(__file__).resolve().parent / "uf-10k"
 
-
 def prepare(directory, source):
-    """Download the files that are missing; what all of them hold, as a text."""
+    """Download the files that are missing. Returns counts and lengths of all, as a text."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with models.one_at_a_time(directory / ".lock"):
+        with one_at_a_time(directory / ".lock"):
             for name, read in FILES.items():
                 if not (directory / name).exists():
                     scratch = directory / f".{name}"
-                    models.download(f"{source.rstrip('/')}/{name}", scratch)
-                    read(scratch)  # every row has the form, or InputError says which has not
+                    hub.download(f"{source.rstrip('/')}/{name}", scratch)
+                    read(scratch)  # InputError for a row that is not in the right form
                     scratch.rename(directory / name)
-        return describe(directory)
+        prompts, pairs = (read(directory / name) for name, read in FILES.items())
     except (OSError, InputError) as error:
         raise InputError(f"{error}; try again, or put {' and '.join(FILES)} of {source} into {directory} "
-                         "by hand")
-
-
-def describe(directory):
-    """Counts and lengths."""
-    prompts, pairs = (read(directory / name) for name, read in FILES.items())
+                         "by hand") from None
     longest = max(len(str(prompt)) for _, prompt in prompts)
     answers = [len(text) for pair in pairs for text in (pair.chosen, pair.rejected)]
     return (f"{directory}/prompt.json: {len(prompts)} prompts, the longest of {longest} characters\n"
             f"{directory}/preference.json: {len(pairs)} pairs, answers of {sum(answers) / len(answers):.0f}"
             f" characters on average, the longest of {max(answers)}")
 
-
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args(argv)
+    ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args(argv)
     try:
         print(prepare(DIRECTORY, os.environ.get("DICE_DATA_URL") or SOURCE))
     except InputError as error:
         print(f"ultrafeedback.py: {error}", file=sys.stderr)
         return 2
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,0 +1,136 @@
+"""Whole files, JSON, and the error for bad input.
+
+A program can be killed at any moment. So a file is written under another name, flushed to the disk, and then
+renamed: under its own name a file is always complete."""
+import json
+import os
+import shutil
+import sys
+import uuid
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+class InputError(Exception):
+    """Bad input, in one line: what is wrong, where, what to do. main prints it to stderr and exits with 2."""
+    def __init__(self, message: str, alone=False):
+        """alone: of several processes, only this one has met it."""
+        self.alone = alone
+        # The message may quote any input: unprintable characters become \n, \u202e and so on.
+        super().__init__("".join(c if c.isprintable() else ascii(c)[1:-1] for c in message[:900]))
+
+def require(condition, message: str):
+    if not condition:
+        raise InputError(message)
+
+def parse_json(text):
+    """The value of a JSON text. ValueError if it is not JSON, or so deep that writing it again could fail."""
+    try:
+        value = json.loads(text)
+        if depth(value) <= 100:
+            return value
+    except RecursionError:
+        pass
+    raise ValueError("nested too deep")
+
+def depth(value):
+    """How deep lists and objects are nested."""
+    if not isinstance(value, (dict, list)):
+        return 0
+    children = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(depth, children), default=0)
+
+def read_json(path: Path) -> dict:
+    """The object in a JSON file; {} if there is no such file. InputError if it holds anything else."""
+    try:
+        value = parse_json(path.read_bytes()) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    require(isinstance(value, dict), f"{path}: must hold a JSON object, not a {type(value).__name__}")
+    return value
+
+def write_json(path: Path, value: dict):
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+def json_line(row: dict) -> str:
+    """A row of a JSON lines file. A NaN, the value that is not equal to itself, becomes null."""
+    return json.dumps({key: None if value != value else value for key, value in row.items()}) + "\n"
+
+def write_rows(path: Path, rows):
+    """A whole JSON lines file."""
+    write_file(path, lambda scratch: scratch.write_text("".join(map(json_line, rows)), encoding="utf-8"))
+
+def append_row(path: Path, row: dict):
+    """Add a row at the end of a JSON lines file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json_line(row))
+
+def whole_rows(path: Path) -> list[dict]:
+    """The rows of a JSON lines file; [] if there is no such file. A last line without a line end was cut
+    short when a program was killed: it is removed from the file."""
+    data = path.read_bytes() if path.exists() else b""
+    complete = data[:data.rfind(b"\n") + 1]
+    if len(complete) < len(data):
+        os.truncate(path, len(complete))
+    return [json.loads(line) for line in complete.splitlines()]
+
+def write_file(path: Path, write):
+    """Make a file by write(scratch), with a path to write to. The file is complete or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        write(scratch)
+        flush(scratch)
+        os.replace(scratch, path)
+        flush(path.parent)
+    except BaseException:  # also Ctrl-C
+        scratch.unlink(missing_ok=True)
+        raise
+
+@contextmanager
+def whole_directory(directory: Path):
+    """Gives a directory to write files into. After the block it is renamed to `directory`."""
+    scratch = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        for path in (*scratch.iterdir(), scratch):
+            flush(path)
+        os.rename(scratch, directory)
+        flush(directory.parent)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+def flush(path: Path):
+    """Wait until a file or a directory is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
+
+def try_lock(path: Path):
+    """Lock a file until the returned file is closed. None if another process has locked it."""
+    file = open(path, "a")
+    try:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+@contextmanager
+def one_at_a_time(lock_path: Path):
+    """Wait until no other process is inside a block with this lock file. A killed process frees its lock."""
+    file = try_lock(lock_path)
+    if file is None:
+        print(f"waiting: another process is downloading to {lock_path.parent}", file=sys.stderr)
+        file = open(lock_path, "a")
+        fcntl.flock(file, fcntl.LOCK_EX)
+    with file:
+        yield
