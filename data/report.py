@@ -1,121 +1,202 @@
-"""The report of a run, from its files alone: report.md and curves.png.
+"""What comes out of a run: the files of a round, its lines and warnings, and report.md with curves.png.
 
-    python data/report.py out/tiny        writes both again
-"""
-
+    python data/report.py out/tiny        writes report.md and curves.png again, from the files of the run"""
 import json
+import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for when it is run as a script
-import model as models  # noqa: E402
-from data import runs, tiny  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # needed as a script
+from data import files, tiny  # noqa: E402
+from data.processes import log_info, rank  # noqa: E402
 
+# ---------------------------------------------------------------------------------------- during a run
+def log_round(run, s, alpha, samples, pairs, lost):
+    """Write samples.jsonl, pairs.jsonl (TRL's form of a preference set) and the round's row of metrics.jsonl,
+    and log the round. lost: reason -> prompts that gave no pair."""
+    stage = run.stage_name
+    run.write_rows(f"{stage}/samples.jsonl", [
+        {"prompt": x.prompt.content, "sample": x.number, "tokens": x.tokens, "text": x.text,
+         "finish": x.finish, "logprob": x.logprob, "prev_logprob": x.prev_logprob, "reward": x.reward,
+         "shaped_reward": x.shaped} for x in samples])
+    run.write_rows(f"{stage}/pairs.jsonl", [
+        {"prompt": p.prompt.content, "chosen": p.chosen.text, "rejected": p.rejected.text, "source": p.source}
+        | ({} if p.prompt.steps is None else {"initial_reason_steps": p.prompt.steps}) for p in pairs])
+    new = [p for p in pairs if p.source == "generated"]
+    gaps = [len(p.chosen.text) - len(p.rejected.text) for p in new]
+    prompts = len({x.prompt.key for x in samples})
+    agrees = [p.chosen.reward > p.rejected.reward for p in run.held_out]
+    # The KL of pi_t to the model that the reward compares it with: not always pi_{t-1}.
+    kl = "kl_to_previous" if s.reward_reference == "previous" else "kl_to_first"
+    row = {"stage": stage, "alpha": alpha, "generated_pairs": len(new),
+           "replayed_pairs": len(pairs) - len(new), "answer_chars": mean([len(x.text) for x in samples]),
+           "truncated": mean([x.finish == "length" for x in samples]),
+           "identical": 1 - len({(x.prompt.key, x.text) for x in samples}) / len(samples),
+           kl: mean([x.logprob - x.prev_logprob for x in samples]),
+           "offline_agreement": mean(agrees) if agrees else None,
+           "pair_length_gap": sum(gaps) / max(1, len(gaps)),
+           "prompts": prompts, "prompts_with_pair": prompts - sum(lost.values()),
+           **{column(reason): lost[reason] for reason in REASONS}}
+    if run.is_tiny and not s.prompts:  # only for the report: the share of pairs that the judge agrees with
+        gold = [[tiny.judge(p.prompt.content, x.text) for x in (p.chosen, p.rejected)] for p in new]
+        row["pairs_right"] = sum(chosen > rejected for chosen, rejected in gold) / max(1, len(new))
+    run.log(row)
+    unit = {"chars": "character", "tokens": "token"}[s.length_unit]
+    log_info(f"{stage}: alpha {alpha:.4g} nats per {unit}; {len(new)} generated pairs, chosen "
+             f"{row['pair_length_gap']:+.1f} characters longer; {len(pairs) - len(new)} replayed pairs")
+    log_info(f"{stage}: {prompts_line(row)}")
+    other = "pi_{t-1}" if kl == "kl_to_previous" else "the first model"
+    kl = "not known" if math.isnan(row[kl]) else f"{row[kl]:.2f} nats"
+    agreed = f"{row['offline_agreement']:.0%}" if agrees else "not known"
+    log_info(f"{stage}: KL of pi_t to {other} {kl}; answers of {row['answer_chars']:.0f} characters, "
+             f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; agreement with the "
+             f"held-out offline pairs {agreed}")
+    for warning in warnings(row, next(old for old in run.metrics if "alpha" in old)):
+        log_info(f"{stage}: WARNING: {warning}")
 
+# Why a prompt gives no pair, and what to do.
+REASONS = {
+    "cut": "answers were cut: raise --max-new-tokens, or take a model that ends its answers (--sft-steps)",
+    "too few valid": "too few answers have a reward and a length between --min-chars and --max-chars",
+    "all equal": "its answers are all the same or have the same reward: raise --temperature"}
+
+def mean(values):
+    return sum(values) / len(values)
+
+def column(reason):
+    """The name in metrics.jsonl of the number of prompts that were lost for this reason."""
+    return f"prompts_{reason.replace(' ', '_')}"
+
+def prompts_line(row):
+    """How many prompts gave a pair, and why the others did not."""
+    line = f"{row['prompts_with_pair']} of {row['prompts']} prompts gave a pair"
+    reasons = [f"{row[column(reason)]} {reason}" for reason in REASONS if row.get(column(reason))]
+    return f"{line} (the others: {', '.join(reasons)})" if reasons else line
+
+def check_samples(s, label, prompts, drawn):
+    """Called after the first chunk of samples, (ids, finish reason) each: warns if most prompts will give no
+    pair. The exact number is known later, when the texts have their rewards: dice.usable_answers."""
+    if label != "samples":
+        return
+    count, lost = len(drawn) // len(prompts), Counter()
+    for i in range(len(prompts)):
+        answers = drawn[i * count:(i + 1) * count]
+        stopped = [tuple(ids) for ids, finish in answers if finish == "stop"]
+        if len(stopped) < s.min_valid * count:
+            lost["cut"] += 1
+        elif len(set(stopped)) < 2:
+            lost["all equal"] += 1
+    if 2 * sum(lost.values()) > len(prompts):
+        reason = max(lost, key=lost.get)
+        log_info(f"WARNING: {sum(lost.values())} of the first {len(prompts)} prompts will give no pair; of "
+                 f"{lost[reason]}, {REASONS[reason]}")
+
+def warnings(row, first):
+    """What may be wrong with a round. row and first: the metrics of this round and of the first one."""
+    if row["prompts_with_pair"] < row["prompts"] / 2:
+        reason = max(REASONS, key=lambda reason: row[column(reason)])
+        yield (f"only {row['prompts_with_pair']} of {row['prompts']} prompts gave a pair; of "
+               f"{row[column(reason)]}, {REASONS[reason]}")
+    if row["offline_agreement"] is not None and row["offline_agreement"] <= 0.5:
+        yield (f"the reward agrees with {row['offline_agreement']:.0%} of the held-out offline pairs: no "
+               "better than chance; the policy of the round before may be better")
+    if row["answer_chars"] > 1.5 * first["answer_chars"]:
+        yield (f"answers have grown from {first['answer_chars']:.0f} to {row['answer_chars']:.0f} characters "
+               "since the first round; a larger --alpha may help")
+    if row["truncated"] > 0.25:
+        yield f"{row['truncated']:.0%} of the answers are cut by --max-new-tokens: they may no longer end"
+
+def keep_evaluation(run, name, samples):
+    """Write evaluation/NAME.jsonl: held-out answers with their gold score and implicit reward (NaN: null)."""
+    run.write_rows(f"evaluation/{name}.jsonl", [
+        {"prompt": x.prompt.content, "sample": x.number, "text": x.text, "reward": x.logprob - x.prev_logprob,
+         "gold": tiny.judge(x.prompt.content, x.text)} for x in samples])
+    run.end_stage()
+
+# ---------------------------------------------------------------------------------------- after a run
 def read_rows(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
+    """The rows of a file of JSON lines; [] if there is no such file."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines()]
 
 def write(out):
-    """Writes report.md and curves.png into the run's directory; returns the table and, if any, the
-    examples."""
-    settings = json.loads((out / "settings.json").read_text(encoding="utf-8"))
-    metrics = read_rows(out / "metrics.jsonl")
-    judged, trained = (out / "evaluation").exists(), training_table(metrics)
-    table = judged_table(out, metrics) if judged else trained
-    text = markdown(table) + (examples(out, first_stages(out)[-1], table[-1]["stage"]) if judged else "")
-    more = f"\n## Training and rounds\n\n{markdown(trained)}" if judged else ""
-    shown = ("model", "seed", "rounds", "samples", "gamma", "alpha", "labeller", "loss", "beta")
-    runs.write(out / "report.md",
-               f"# DICE: {settings['model']}\n\n{', '.join(f'{key} {settings[key]}' for key in shown)}; "
-               f"the other settings are in settings.json.\n\n{text}{more}\n![curves](curves.png)\n")
-    curves(out, metrics, table)
+    """Write report.md and curves.png into the run's directory. Returns the table, with examples if judged."""
+    settings, metrics = files.read_json(out / "settings.json"), read_rows(out / "metrics.jsonl")
+    table, more = training_table(metrics), ""
+    text = markdown(table)
+    if (out / "evaluation").exists():
+        more = f"\n## Training and rounds\n\n{text}"
+        table = judged_table(out, metrics)
+        text = markdown(table) + examples(out, first_stages(out)[-1], table[-1]["stage"])
+    shown = ("model", "seed", "rounds", "samples", "gamma", "alpha", "reward", "loss", "beta")
+    about = ", ".join(f"{key} {settings[key]}" for key in shown)
+    rounds = "".join(f"- {row['stage']}: {prompts_line(row)}\n" for row in metrics if "alpha" in row)
+    if rank() == 0:
+        files.write_file(out / "report.md", lambda scratch: scratch.write_text(
+            f"# DICE: {settings['model']}\n\n{about}; the other settings are in settings.json.\n\n"
+            f"{text}{more}\n{rounds}\n![curves](curves.png)\n", encoding="utf-8"))
+        if table:
+            curves(out, metrics, table)
     return text
 
-
 def first_stages(out):
-    """The judged stages before the first round; the last of them is what the rounds are measured against."""
+    """The judged stages before the first round. The rounds are compared with the last of them."""
     return [stage for stage in ("sft", "dpo") if (out / "evaluation" / f"{stage}.jsonl").exists()]
 
-
 def judged_answers(out, stage):
-    """Gold scores, rewards (None where there is no reference) and lengths in characters of the held-out
-    answers."""
+    """Gold scores, rewards (NaN where there is none) and lengths in characters of the held-out answers."""
     rows = read_rows(out / "evaluation" / f"{stage}.jsonl")
-    return tuple(np.array(values, dtype=float) for values in (
-        [row["gold"] for row in rows], [row["reward"] for row in rows], [len(row["text"]) for row in rows]))
-
+    return np.array([(row["gold"], row["reward"], len(row["text"])) for row in rows], dtype=float).T
 
 def judged_table(out, metrics):
-    """The tiny world's table, a dict per stage. Win rates are against the model before the first round,
-    answer against answer."""
+    """The tiny world's table, a dict per stage. Win rates: against the model before round 1, same prompts."""
     rounds = {row["stage"]: row for row in metrics if "alpha" in row}
-    first = first_stages(out)
+    first, table = first_stages(out), []
     base, _, base_chars = judged_answers(out, first[-1])
-    table = []
     for stage in [*first, *rounds]:
         about, (gold, reward, chars) = rounds.get(stage, {}), judged_answers(out, stage)
         win, controlled = tiny.win_rates(gold, base, chars, base_chars)
+        right = about.get("pairs_right", np.nan) if about.get("generated_pairs") else np.nan
         table.append({"stage": stage, "win rate": win, "length-controlled": controlled, "gold": gold.mean(),
                       "characters": chars.mean(), "reward agrees %": 100 * agreement(gold, reward),
-                      "pairs right %": 100 * about.get("pairs_right", np.nan) if about.get("generated_pairs")
-                      else np.nan})
+                      "pairs right %": 100 * right})
     return table
 
-
 def agreement(gold, reward):
-    """How often the reward orders two answers to a prompt (four each) as the judge does, ties of the judge
-    aside."""
+    """How often the reward orders two answers to a prompt as the judge does, if the judge has no tie."""
     gold, reward = gold.reshape(-1, 4), reward.reshape(-1, 4)
-    better = gold[:, :, None] - gold[:, None, :] > 1e-9  # (P, 4, 4): this answer above that one
-    agrees = reward[:, :, None] > reward[:, None, :]
-    return agrees[better].mean() if np.isfinite(reward).all() else np.nan
+    better = gold[:, :, None] - gold[:, None, :] > 1e-9  # (P, 4, 4): four answers a prompt
+    return (reward[:, :, None] > reward[:, None, :])[better].mean() if np.isfinite(reward).all() else np.nan
 
-
-ROUND = ("alpha", "generated_pairs", "replayed_pairs", "pair_length_gap", "kl", "answer_chars", "truncated",
-         "identical", "offline_agreement")
-
+ROUND = ("alpha", "prompts_with_pair", "generated_pairs", "replayed_pairs", "pair_length_gap",
+         "kl_to_previous", "kl_to_first", "answer_chars", "truncated", "identical", "offline_agreement")
 
 def training_table(metrics):
-    """What is known without a judge, a dict per stage: means over the last tenth of the steps, and the
-    round's data."""
-    table = []
+    """What is known without a judge, a dict per stage: means over the last tenth of its steps, and ROUND."""
+    table, shown = [], [key for key in ROUND if any(key in row for row in metrics)]
     for stage in dict.fromkeys(row["stage"] for row in metrics):
         rows = [row for row in metrics if row["stage"] == stage]
         steps = [row for row in rows if "step" in row]
         last, about = steps[-max(1, len(steps) // 10):], next((row for row in rows if "alpha" in row), {})
-        table.append({"stage": stage, "steps": len(steps), **{
-            key: np.mean([row.get(key, np.nan) for row in last]) for key in ("loss", "accuracy", "margin")},
-            **{key.replace("_", " "): about.get(key) for key in ROUND}})
+        means = {key: np.mean([x.get(key, np.nan) for x in last]) for key in ("loss", "accuracy", "margin")}
+        of_round = {key.replace("_", " "): about.get(key) for key in shown}
+        table.append({"stage": stage, "steps": len(steps), **means, **of_round})
     return table
 
-
-def warnings(row, first):
-    """What to fear of a round, in plain words; row and first are its own and the first round's metrics."""
-    if row["offline_agreement"] is not None and row["offline_agreement"] <= 0.5:
-        yield (f"the reward agrees with {row['offline_agreement']:.0%} of the held-out offline pairs, no "
-               "more than a coin would: its labels may no longer be what people prefer, and the policy of "
-               "the round before the better one")
-    if row["answer_chars"] > 1.5 * first["answer_chars"]:
-        yield (f"answers have grown from {first['answer_chars']:.0f} to {row['answer_chars']:.0f} characters "
-               "since the first round: length is running away")
-    if row["truncated"] > 0.25:
-        yield f"{row['truncated']:.0%} of the answers are cut by --max-new-tokens: they may no longer end"
-
-
 def markdown(table):
-    """Dicts with the same keys as a markdown table."""
+    """A markdown table from dicts with the same keys."""
     def cell(value):
         if value is None or value != value:
             return ""
         return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-    lines = [list(table[0]), ["---"] * len(table[0])]
-    lines += [[cell(value) for value in row.values()] for row in table]
+    if not table:
+        return "nothing was trained\n"
+    rows = [[cell(value) for value in row.values()] for row in table]
+    lines = [list(table[0]), ["---"] * len(table[0]), *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
-
 
 def examples(out, base, stage):
     """Three held-out prompts with an answer before and after DICE."""
@@ -127,10 +208,8 @@ def examples(out, base, stage):
             text += f"- {name}, gold {row['gold']:.2f}: {row['text']}\n"
     return text
 
-
 def curves(out, metrics, table):
-    """curves.png: DPO loss and reward accuracy by step; lengths, and with a judge the win rates, by
-    stage."""
+    """curves.png: DPO loss and reward accuracy by step; lengths, and with a judge the win rates, by stage."""
     try:
         import matplotlib
     except ImportError:
@@ -144,20 +223,20 @@ def curves(out, metrics, table):
         for stage in dict.fromkeys(row["stage"] for _, row in steps):
             axis.plot(*zip(*((i, row[key]) for i, row in steps if row["stage"] == stage)), label=stage)
         axis.set(xlabel="DPO step", title=key)
-    axes[0].legend()
+    if steps:
+        axes[0].legend()
     names = [row["stage"] for row in table]
     if "win rate" in table[0]:
         for key in ("win rate", "length-controlled"):
             axes[2].plot(names, [row[key] for row in table], marker="o", label=f"{key}, %")
         axes[2].plot(names, [row["characters"] for row in table], "k--", label="characters")
     else:
-        axes[2].plot(names, [row["answer chars"] for row in table], "k--", marker="o", label="characters")
+        axes[2].plot(names, [row.get("answer chars") for row in table], "k--", marker="o", label="characters")
     axes[2].set(title="answers")
     axes[2].legend()
     figure.tight_layout()
-    models.write_file(out / "curves.png", lambda scratch: figure.savefig(scratch, dpi=100, format="png"))
+    files.write_file(out / "curves.png", lambda scratch: figure.savefig(scratch, dpi=100, format="png"))
     pyplot.close(figure)
-
 
 if __name__ == "__main__":
     print(write(Path(sys.argv[1])))

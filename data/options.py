@@ -1,0 +1,304 @@
+"""Settings: how to declare one, the command line that is made from them, the checks, and the exit codes.
+
+A command's settings are a dataclass; option() declares a field. A field that is such a dataclass itself
+(dice.Sampling) is flattened: its options stand on the command line and in settings.json beside the others."""
+import argparse
+import functools
+import inspect
+import math
+import sys
+import time
+from dataclasses import field, fields, is_dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+
+import model as models
+from data.files import InputError, read_json, require
+from data.processes import Interrupted, is_first, log_info, lost_contact, own_device
+
+TINIEST = sys.float_info.min  # as a least value: anything above 0
+
+def option(default, help, least=-math.inf, most=math.inf, choices=None, identity=True, base=False):
+    """A setting. identity: it changes what a run computes, so a run goes on with the same value only. base:
+    the models before the first round depend on it, and --start-from does not allow another value."""
+    about = dict(help=help, least=least, most=most, choices=choices, identity=identity, base=base)
+    return field(default=default, metadata=about)
+
+def all_options(settings_class):
+    """name -> field of every option of a settings class, those of its nested classes included."""
+    found = {}
+    for f in fields(settings_class):
+        if is_dataclass(f.type):
+            found |= all_options(f.type)
+        elif f.metadata:
+            found[f.name] = f
+    return found
+
+def build(settings_class, values):
+    """An object of a settings class from {name: value}, nested classes included."""
+    given = {}
+    for f in fields(settings_class):
+        if is_dataclass(f.type):
+            given[f.name] = build(f.type, values)
+        elif f.name in values:
+            given[f.name] = values[f.name]
+    return settings_class(**given)
+
+def as_dict(settings):
+    """{name: value} of all settings, those of the loss included: what settings.json holds."""
+    values = {}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        if is_dataclass(value):
+            values |= as_dict(value)
+        elif f.metadata:
+            values[f.name] = value
+    return values | getattr(settings, "loss_options", {})
+
+# ------------------------------------------------------------------------------------------------------------
+# Losses
+class Loss(NamedTuple):
+    fn: object
+    parameters: tuple  # the names of fn's parameters
+    options: dict  # name -> option that it declares itself
+    defaults: dict  # name -> its own default for a setting of the run
+
+    def __call__(self, terms, own):
+        """(losses, columns to log): fn with the terms that it names and its own options."""
+        result = self.fn(**{name: (own | terms)[name] for name in self.parameters})
+        losses, columns = result if isinstance(result, tuple) else (result, {})
+        for name, values in {"its losses": losses, **columns}.items():
+            if values.shape != terms["pi_w"].shape or name in LOGGED:
+                raise TypeError(f"{self.fn.__name__}: {name} must have the shape (B,) and a name of its own")
+        return losses, columns
+
+LOGGED = ("stage", "step", "loss", "accuracy", "margin", "grad_norm", "lr")
+
+class Losses(dict):
+    """name -> Loss: the table of all losses. add() puts one in, under the name of its function.
+
+    A parameter of a loss is a term of a pair (one of the inputs, with _w or _l), one of the given settings of
+    the run, or an option that add() declares. Anything else, and a clash of names, is an error at import."""
+    def __init__(self, settings_class, inputs, settings):
+        self.settings = all_options(settings_class)
+        self.own = {}  # name -> option, of all losses
+        self.terms = {f"{name}_{side}" for name in inputs for side in "wl"} | {*settings}
+
+    def add(self, **declared):
+        """For @LOSSES.add(...). name=option(...) declares an option of this loss; name=value is its own
+        default for a setting of the run."""
+        own = {name: f for name, f in declared.items() if hasattr(f, "metadata")}
+        defaults = {name: value for name, value in declared.items() if name not in own}
+
+        def register(fn):
+            name = fn.__name__.removesuffix("_loss").replace("_", "-")
+            parameters = tuple(inspect.signature(fn).parameters)
+            clash = own.keys() & (self.settings.keys() | self.terms)
+            # A parameter that is not declared, or declared and no parameter, or a default of no setting.
+            unknown = {*parameters} - self.terms ^ own.keys() | defaults.keys() - self.settings.keys()
+            if clash:
+                raise TypeError(f"loss {name}: {', '.join(clash)} is a setting of the run or a term already; "
+                                "give the option another name")
+            if unknown:
+                raise TypeError(f"loss {name}: {', '.join(unknown)} must be a parameter and declared in "
+                                f"LOSSES.add(), or one of the terms {', '.join(sorted(self.terms))}")
+            self[name] = Loss(fn, parameters, own, defaults)
+            self.own.update(own)
+            return fn
+        return register
+
+    def needs(self, name, term):
+        """Does a loss read this input ("kl", "score", ...)?"""
+        return f"{term}_w" in self[name].parameters
+
+    def options_of(self, name, given):
+        """The values of a loss's own options: given, or the defaults. InputError for one of another loss."""
+        require(name in self, f"--loss {name}: choose one of {', '.join(self)}")
+        own, values = self[name].options, {}
+        for other in given:
+            losses = " or ".join(loss for loss in self if other in self[loss].options)
+            require(other in own, f"{flag(other)} {given[other]}: --loss {name} does not read it; it belongs "
+                    f"to --loss {losses}")
+        for key, f in own.items():
+            values[key] = given.get(key, f.default)
+            check_value(key, values[key], f)
+        return values
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+def add_arguments(parser, options, note=""):
+    """A flag for each option. None has a default here, so only what was given is in the result."""
+    for name, f in options.items():
+        if flag(name) in parser._option_string_actions:  # an option that another loss has too
+            continue
+        kind, choices = type(f.default), f.metadata["choices"]
+        default = "none" if f.default == "" else f.default
+        among = f"{', '.join(choices)}; " if choices else ""
+        text = f"{note}{f.metadata['help']} ({among}default: {default})".replace("%", "%%")  # for argparse
+        parser.add_argument(flag(name), type=kind, metavar=kind.__name__.upper(), help=text)
+
+def parse(settings_class, description, losses, argv=None):
+    """The command line of dice.py -> (settings, is it a dry run?). The value of a setting is the given one,
+    else a newly chosen loss's, else that of --start-from's run, else the preset's, else the default."""
+    options, presets = all_options(settings_class), {name: p.settings for name, p in models.PRESETS.items()}
+    epilog = [f"losses: {', '.join(losses)}"]
+    epilog += [f"--model {name} has settings of its own: {values}" for name, values in presets.items()]
+    parser = argparse.ArgumentParser(description=description, epilog="\n".join(epilog),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, options)
+    for name, loss in losses.items():
+        add_arguments(parser, loss.options, f"of --loss {name}: ")
+    parser.add_argument("--dry-run", action="store_true", help="check the input, measure the machine and "
+                        "print the plan with sizes and times; write nothing to --out")
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    dry_run = given.pop("dry_run")
+    inherited = inherit(given, options | losses.own) if "start_from" in given else {}
+    loss, loss_defaults = given.get("loss", inherited.get("loss", options["loss"].default)), {}
+    if loss != inherited.get("loss"):  # another loss has other options and defaults
+        old = losses[inherited["loss"]].defaults if inherited else {}
+        inherited = {name: value for name, value in inherited.items() if name in options and name not in old}
+        loss_defaults = losses[loss].defaults if loss in losses else {}
+    preset = dict(presets.get(given.get("model", inherited.get("model", options["model"].default)), {}))
+    if "preferences" in given:
+        preset.pop("prompts", None)  # they belong to the preset's own preferences
+    values = preset | inherited | loss_defaults | given
+    settings = build(settings_class, values)
+    settings.of_losses = losses.own  # for what an absent one of them is in the settings.json of an older run
+    settings.loss_options = losses.options_of(loss, {k: v for k, v in values.items() if k not in options})
+    settings.out = settings.out or f"out/{Path(settings.model).name}"
+    resolve(settings)
+    return settings, dry_run
+
+def inherit(given, options):
+    """The settings that --start-from takes over from the other run. InputError if there is no such run, or if
+    a given setting would change its models. given["start_from"] becomes the run that made the models."""
+    directory = given["start_from"]
+    known = read_json(Path(directory) / "settings.json")
+    require(known, f"--start-from {directory}: no settings.json in it; give the directory of a run")
+    require("out" in given, f"--start-from {directory}: give --out DIR too, a directory for the new run")
+    given["start_from"] = known.pop("start_from", "") or str(Path(directory).resolve())
+    for name, value in given.items():
+        if name in options and options[name].metadata["base"]:
+            made = known.get(name, options[name].default)
+            require(value == made, f"{flag(name)} {value}: the models of {directory} were made with {made}; "
+                    "leave it out, or leave out --start-from")
+    return {name: known[name] for name, f in options.items() if name in known and f.metadata["identity"]}
+
+# ------------------------------------------------------------------------------------------------------------
+# Checks
+def check_value(name, value, f):
+    """InputError if a value is not one of an option's choices, or not in its range."""
+    least, most, choices = f.metadata["least"], f.metadata["most"], f.metadata["choices"] or (value,)
+    require(value in choices, f"{flag(name)} {value}: choose one of {', '.join(map(str, choices))}")
+    if type(f.default) in (int, float):
+        bound = "above 0" if least == TINIEST else f"at least {least}"
+        bound += f" and at most {most}" if most < math.inf else ""
+        require(least <= value <= most and math.isfinite(value), f"{flag(name)} {value}: must be {bound}")
+
+def read_alpha(text):
+    """--alpha ("auto", "2x" or a number) -> (number, is it a multiple of alpha*?). ValueError for others."""
+    if text == "auto":
+        return 1.0, True
+    return float(text.removesuffix("x")), text.endswith("x")
+
+def resolve(settings):
+    """Check all settings, alone and with each other, and decide what device and dtype "auto" are."""
+    s, values = settings, as_dict(settings)
+    for name, f in all_options(type(s)).items():
+        check_value(name, values[name], f)
+    try:
+        number, is_multiple = read_alpha(s.alpha)
+    except ValueError:
+        number = math.nan
+    require(0 <= number < math.inf,
+            f"--alpha {s.alpha}: must be auto, 2x (twice what auto finds), or a number of at least 0")
+    # One text for one value: 0 and 0.0 are the same, and so are auto and 1x.
+    s.alpha = "auto" if (number, is_multiple) == (1, True) else f"{number}{'x' * is_multiple}"
+    require(s.reward != "gold" or (s.model == "tiny" and not s.prompts and not s.preferences),
+            "--reward gold: judges the tiny world alone; leave out --model, --prompts and --preferences")
+    require(s.reward == "implicit" or s.reward_reference == "previous",
+            f"--reward-reference {s.reward_reference}: needs --reward implicit, not {s.reward}")
+    require(s.weights == "real" or s.model != "tiny", "--weights dummy: stands in for a --model NAME only")
+    require(not s.reference or s.model != "tiny", f"--reference {s.reference}: give its --model too")
+    if s.device == "auto":
+        s.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if s.dtype == "auto":
+        s.dtype = "bfloat16" if s.device.startswith("cuda") else "float32"
+    try:
+        torch.empty(1, device=own_device(s.device))
+    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not there
+        raise InputError(f"--device {s.device}: {str(error).splitlines()[0]}") from None
+
+def check_data(s, data):
+    """InputError if a stage lacks the data that it needs."""
+    offline = data.preferences
+    require(data.prompts or offline, "nothing to sample for: give --prompts FILE or --preferences FILE")
+    require(not (s.sft_steps and s.reference), f"--sft-steps {s.sft_steps}: a policy with a --reference is "
+            "trained already; give --sft-steps 0, or no --reference")
+    require(offline or not s.sft_steps,
+            f"--sft-steps {s.sft_steps}: needs answers to learn; give --preferences FILE")
+    require(s.reward != "implicit" or s.reference or s.dpo_steps, "--dpo-steps 0: the implicit reward needs "
+            "a policy that DPO has trained; give --reference DIR, or --dpo-steps above 0")
+    require(offline or s.reference or not s.dpo_steps, "DICE needs a DPO-trained policy: give --reference "
+            "DIR, which --model was trained from, or --preferences FILE to train it with DPO first")
+    require(offline or not s.gamma or not s.rounds, f"--gamma {s.gamma}: there are no offline pairs to "
+            "replay; give --preferences FILE, or --gamma 0 to do without")
+
+def report_unused(rows, pairs, limit, s):
+    """Log how many offline pairs are left out. InputError if all are."""
+    same = sum(row.chosen == row.rejected for row in rows)
+    if len(pairs) < len(rows):
+        long = len(rows) - len(pairs) - same
+        log_info(f"{len(pairs)} of {len(rows)} offline pairs are used: {long} are longer than {limit} tokens,"
+                 f" {same} have the same answer twice")
+    require(pairs or not rows, f"{s.preferences}: no pair can be used within {limit} tokens; raise "
+            "--max-tokens, or take a model with a longer context")
+
+def no_usable_prompt(samples, s):
+    cut = sum(x.finish == "length" for x in samples)
+    unknown = sum(math.isnan(x.reward) for x in samples)
+    return InputError(f"no prompt has {s.min_valid * s.samples:g} valid answers, two of them different "
+                      f"({cut} of {len(samples)} were cut by the length limit, {unknown} got no reward); "
+                      "raise --max-new-tokens or --temperature, or lower --min-valid")
+
+def nothing_to_prefer(count):
+    return InputError(f"all answers to a prompt have the same reward, for each of {count} prompts; check "
+                      "--reward and the two models")
+
+# ------------------------------------------------------------------------------------------------------------
+# Exit codes
+def command(name):
+    """Decorator of main(argv). Exit codes: 0, 2 for bad input or a full disk, 130 after Ctrl-C, 1 if another
+    process has ended; each with one line on stderr. Other errors are bugs and keep their traceback."""
+    def decorate(main):
+        @functools.wraps(main)
+        def wrapped(argv=None):
+            try:
+                return main(argv) or 0
+            except InputError as error:
+                # With torchrun all processes meet the same bad input. The first one says so, and torchrun
+                # ends the others while they wait.
+                if not is_first() and not error.alone:
+                    time.sleep(10)
+                code, text = 2, str(error)
+            except (Interrupted, KeyboardInterrupt) as error:
+                code, text = 130, str(error) if is_first() else ""
+            except (OSError, SafetensorError) as error:
+                if "No space left" not in str(error):
+                    raise
+                code, text = 2, "the disk is full; free some space, and give the same command to go on"
+            except RuntimeError as error:
+                if not lost_contact(error):
+                    raise
+                code, text = 1, "another process of this run has ended; give the same command to go on"
+            if text:
+                print(f"{name}: {text}", file=sys.stderr)
+            return code
+        return wrapped
+    return decorate

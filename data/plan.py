@@ -1,0 +1,87 @@
+"""The dry run: what a run will do, take and need."""
+import os
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import model as models
+from data.files import require
+from data.processes import rank, world
+from data.runs import free_last_model
+
+def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
+    """Print stages, hours, disk and memory of a run; write nothing. InputError if the disk is too small."""
+    s, c = run.settings, run.config
+    rounds = [(s.of_round(t), prompts_of_round(run, t)) for t in range(1, s.rounds + 1)]
+    count, sampling, scoring = measure(run, new_model, generate, score, make_sample)
+    # Mean tokens of a prompt and of an answer. Without offline answers: half of the longest.
+    prompt = sum(len(p.ids) for p in run.prompts) / len(run.prompts)
+    lengths = [len(x.tokens) for p in run.offline for x in (p.chosen, p.rejected)]
+    answer = sum(lengths) / len(lengths) if lengths else s.sampling.max_new_tokens / 2
+    drawn = sum(of_round.samples * len(prompts) for of_round, prompts in rounds)
+    per_answer = sum(len(prompts) for _, prompts in rounds) * prompt / max(1, drawn)  # a prompt is read once
+    sft_steps = 0 if s.start_from else s.sft_steps
+    dpo_steps = 0 if s.start_from or s.reference else s.dpo_steps
+    pairs = sft_steps * s.sft_batch / 2 + dpo_steps * s.batch
+    pairs += sum(of_round.steps * of_round.batch for of_round, _ in rounds)
+    # A pass of training takes three times as long as one of scoring: the backward pass takes two.
+    hours = {"sampling": drawn * answer * sampling / 3600,
+             "scoring": 2 * drawn * (per_answer + answer) * scoring / 3600,
+             "training": 3 * pairs * 2 * (prompt + answer) * scoring / 3600}
+    size = 2 if s.dtype == "bfloat16" else 4  # bytes of a weight
+    random = [path for path in (run.policy_dir, run.prev_dir) if path and path.parent == run.out]
+    stages = len(rounds) + (sft_steps > 0) + (dpo_steps > 0) + (0 if s.start_from else len(random))
+    disk = stages * count * size + 2 * 12 * count + drawn * 12 * answer  # two states of training, at most
+    free = shutil.disk_usage(next(p for p in (run.out, *run.out.absolute().parents) if p.exists())).free
+    require(disk <= free, f"{run.out}: needs {disk / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free")
+    capacity = min(c.context, prompt + s.sampling.max_new_tokens)
+    cache = 2 * s.rows * capacity * c.layers * c.kv_heads * c.head_size
+    need = {"sampling": (count + cache) * size, "scoring": count * size, "training": 16 * count / world()}
+    if models.offloads(s, count, run.device):
+        need["training"] = count * size / c.layers  # a layer at a time; the rest is in main memory
+    free_last_model()
+    have = torch.cuda.mem_get_info(run.device)[0] if s.device.startswith("cuda") else free_memory()
+    enough = "" if max(need.values()) < have else ": TOO LITTLE"
+    times = ", ".join(f"{what} {h:.2g}" for what, h in hours.items())
+    needs = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in need.items())
+    if rank() == 0:
+        print(f"""plan for {run.out}; nothing was written
+data     {len(run.offline)} offline pairs and {len(run.held_out)} held out
+prompts  {len(run.prompts)} of {prompt:.0f} tokens; {drawn} samples in all
+policy   {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}
+stages   SFT of {sft_steps} steps, DPO of {dpo_steps}, {s.rounds} rounds of {s.steps} steps of {s.batch} pairs
+time     about {sum(hours.values()):.2g} hours, if answers have {answer:.0f} tokens: {times}
+disk     {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free: {stages} checkpoints, state of the training, samples
+memory   {needs}, and activations; {have / 1e9:.1f} GB are free{enough}""")
+
+def measure(run, new_model, generate, score, make_sample):
+    """(parameters of the policy, seconds to sample a token, seconds to read and score one)."""
+    s = run.settings
+    if run.policy_dir.exists():
+        model = run.load(run.policy_dir)
+    else:  # a run makes it from random weights
+        model = new_model(run.config, s.seed).to(run.device, getattr(torch, s.dtype))
+    prompts = run.prompts[:max(1, s.rows // s.samples)]
+    ids = [p.ids for p in prompts]
+    sampling = replace(s.sampling, max_new_tokens=min(32, s.sampling.max_new_tokens))
+    for _ in range(2):  # the first time is slower than the others
+        started = time.perf_counter()
+        drawn = list(generate(model, ids, s.samples, sampling, stop_ids=[], seed=s.seed, rows=s.rows))
+        per_sampled = (time.perf_counter() - started) / sum(len(tokens) for _, _, tokens, _ in drawn)
+        samples = [make_sample(prompts[i], tokens, "") for i, _, tokens, _ in drawn[:64]]
+        started = time.perf_counter()
+        list(score(model, samples, s.score_tokens))
+        read = sum(len(x.tokens) for x in samples) + sum(map(len, {tuple(x.prompt.ids) for x in samples}))
+        per_read = (time.perf_counter() - started) / read
+    return sum(p.numel() for p in model.parameters()), per_sampled, per_read
+
+def free_memory():
+    """Bytes of main memory that are available."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

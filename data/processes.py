@@ -1,0 +1,115 @@
+"""Processes and signals. torchrun starts one process for each GPU; without it there is one process. All see
+the same directory of the run. Each does its share of the work. The first one writes the shared files."""
+import gc
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+def own_device(device):
+    """With torchrun, "cuda" is a GPU of its own for each process."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
+
+def join_processes(device):
+    """Meet the other processes of torchrun, if it started this one. Returns the device of this process."""
+    device = own_device(device)
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        # A process may wait long for another one's chunk. If another process ends, it notices at once.
+        dist.init_process_group(backend_for(device), timeout=timedelta(days=7))
+    if ":" in device:
+        torch.cuda.set_device(device)  # FSDP takes the current one
+    if device.startswith("cuda"):
+        torch.backends.cuda.enable_cudnn_sdp(False)  # use Flash: cuDNN makes a new plan for each shape
+    return device
+
+def backend_for(device):
+    return "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+
+def leave_processes():
+    if dist.is_initialized():
+        gc.collect()  # a model that still exists uses threads of the group, and the process would abort
+        dist.destroy_process_group()
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+def is_first():
+    """Is this the first process? Before join_processes() too."""
+    return os.environ.get("RANK", "0") == "0"
+
+def sum_over_processes(numbers, how="SUM"):
+    """A list of numbers, each summed over the processes (or the largest: "MAX", the smallest: "MIN")."""
+    if world() == 1:
+        return numbers
+    total = torch.tensor(numbers, dtype=torch.float64)  # on the CPU, where gloo is
+    dist.all_reduce(total, op=getattr(dist.ReduceOp, how))
+    return total.tolist()
+
+def any_process(condition):
+    return sum_over_processes([float(bool(condition))], "MAX")[0] > 0
+
+def barrier():
+    """Wait for all processes."""
+    sum_over_processes([0.0])
+
+def share(items, tokens):
+    """This process' part of a training step: (group, weight) of each pass of at most `tokens` padded tokens.
+
+    With FSDP every process takes part in every pass. One without a group repeats an item with weight 0.
+    FSDP takes the mean over the processes, so all other weights are the number of processes."""
+    mine = sorted(items, key=len, reverse=True)[rank()::world()]
+    groups = batches(mine, tokens)
+    passes = int(sum_over_processes([float(len(groups))], "MAX")[0])
+    idle = [((mine or items)[-1:], 0)] * (passes - len(groups))
+    return [(group, world()) for group in groups] + idle
+
+def batches(items, tokens, size=len):
+    """Items in groups of similar size, largest first. No group has more than `tokens` when all its items are
+    padded to its first one; an item that is larger has a group of its own."""
+    groups = []
+    for item in sorted(items, key=size, reverse=True):
+        if groups and size(groups[-1][0]) * (len(groups[-1]) + 1) <= tokens:
+            groups[-1].append(item)
+        else:
+            groups.append([item])
+    return groups
+
+def lost_contact(error):
+    """Does this RuntimeError say that another process has ended?"""
+    return world() > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error) or "NCCL" in str(error))
+
+def log_info(text):
+    if rank() == 0:
+        tqdm.write(text, file=sys.stderr)
+
+# ------------------------------------------------------------------------------------------------------------
+# Interruption
+STOP = []  # the signal that asks the run to stop
+
+class Interrupted(Exception):
+    """Raised at a safe point after Ctrl-C or SIGTERM."""
+
+@contextmanager
+def held_signals():
+    """Ctrl-C and SIGTERM stop the run at the next safe point; a second one stops it at once."""
+    def hold(number, frame):
+        if STOP:
+            raise KeyboardInterrupt
+        STOP.append(number)
+        os.write(2, b"\nstopping at the next safe point; once more to stop at once\n")
+
+    before = {number: signal.signal(number, hold) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        STOP.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
