@@ -20,7 +20,6 @@ and the keys and values of every row, at the rate of a large copy, where that is
                 Ours includes scoring the reference first; trl's is DPOTrainer with its defaults but float32,
                 and at its fastest
 """
-
 import argparse
 import gc
 import importlib.util
@@ -32,7 +31,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
@@ -40,7 +38,7 @@ import torch
 
 import dice
 import model as models
-from data import tiny
+from data import processes, runs, tiny
 
 # Lengths of prompts, answers and pairs; numbers of prompts to sample for (ours, theirs) and to score; pairs
 SMALL = dict(prompt=(20, 200), mean=100, limit=512, rows=10**6, pair=((20, 80), (10, 400)))
@@ -52,36 +50,27 @@ SHAPES = {  # the network, and the work for it
     "25m": (models.Config(vocab_size=32000, context=1024, layers=8, width=384, heads=8, kv_heads=4,
                           head_size=48, hidden=1024, tied=True),
             SMALL | dict(prompts=8, theirs=8, scored=8, pairs=40)),
-    "llama3-8b": (models.NAMES["llama3-8b"].shape,
-                  LARGE | dict(prompts=256, theirs=8, scored=32, pairs=64)),
-}
+    "llama3-8b": (models.PRESETS["llama3-8b"].shape,
+                  LARGE | dict(prompts=256, theirs=8, scored=32, pairs=64))}
 K, BATCH = 16, 8
 
-# ----------------------------------------------------------------------------------------------------------
-# The work: the same for both sides
-
-
+# ----------------------------------------------------------------------- The work: the same for both sides
 def stop_ids(config, sizes):
-    """The lowest ones."""
     return list(range(config.vocab_size // sizes["mean"]))
-
 
 def ids(rng, config, sizes, length):
     """Random ids; none is a stop id."""
     return rng.integers(config.vocab_size // sizes["mean"], config.vocab_size, length).tolist()
 
-
 def prompts_of(config, sizes):
     rng = np.random.default_rng(0)
     return [ids(rng, config, sizes, n) for n in rng.integers(*sizes["prompt"], sizes["prompts"])]
-
 
 def answers_of(config, sizes):
     """(prompt, answer) ids to score."""
     rng = np.random.default_rng(1)
     return [(prompt, ids(rng, config, sizes, min(sizes["limit"], rng.geometric(1 / sizes["mean"]))))
             for prompt in prompts_of(config, sizes)[:sizes["scored"]] for _ in range(K)]
-
 
 def pairs_of(config, sizes):
     """(prompt, chosen, rejected) ids to train on."""
@@ -90,7 +79,6 @@ def pairs_of(config, sizes):
     return [[ids(rng, config, sizes, rng.integers(*between)) for between in (prompt, answer, answer)]
             for _ in range(sizes["pairs"])]
 
-
 def forward_flops(config, prompt, answer):
     """Operations of one forward pass over a prompt and an answer of these many tokens."""
     total = sum(int(np.prod(shape)) for shape in models.parameter_shapes(config).values())
@@ -98,7 +86,6 @@ def forward_flops(config, prompt, answer):
     body = total - head * (1 if config.tied else 2)  # looking up an embedding is no arithmetic
     n = prompt + answer
     return 2 * body * n + 2 * head * answer + 2 * config.layers * config.heads * config.head_size * n * n
-
 
 def sampling_result(config, sizes, prompts, answers):
     """answers: (prompt index, length) each. The prompt is needed once, not K times. numbers: weights and
@@ -113,15 +100,13 @@ def sampling_result(config, sizes, prompts, answers):
     return {"tokens": sum(lengths), "flops": flops, "numbers": numbers,
             "note": f"{len(lengths)} answers, mean {np.mean(lengths):.0f}, longest {max(lengths)}"}
 
-
 def scoring_result(config, rows, logprobs):
     """A prompt must be read once, not for each of its K answers."""
     prompts = {tuple(p): forward_flops(config, len(p), 0) for p, _ in rows}
-    return {"tokens": sum(len(p) + len(a) for p, a in rows),
-            "flops": sum(forward_flops(config, len(p), len(a)) - prompts[tuple(p)] for p, a in rows)
-            + sum(prompts.values()),
+    flops = sum(prompts.values())
+    flops += sum(forward_flops(config, len(p), len(a)) - prompts[tuple(p)] for p, a in rows)
+    return {"tokens": sum(len(p) + len(a) for p, a in rows), "flops": flops,
             "note": f"mean log-prob {np.mean(logprobs):.3f}"}
-
 
 def training_result(config, pairs, loss):
     """Policy forward and backward (three forwards' worth) and one forward of the reference."""
@@ -129,66 +114,51 @@ def training_result(config, pairs, loss):
             "flops": 4 * sum(forward_flops(config, len(p), len(a)) for p, *both in pairs for a in both),
             "note": f"loss {loss:.4f}"}
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Our side. Each function loads what it needs and returns a function that does the work once.
-
-
+# ------------- Our side. Each function loads what it needs and returns a function that does the work once.
 def our_settings(args):
-    named = models.SETTINGS.get(args.model_shape, {})
-    passes = {key: named[key] for key in ("score_tokens", "train_tokens") if key in named}
+    preset = models.PRESETS[args.model_shape].settings if args.model_shape in models.PRESETS else {}
+    passes = {key: preset[key] for key in ("score_tokens", "train_tokens") if key in preset}
     return dice.Settings(device=args.device, dtype=name_of(dtype_of(args)), batch=BATCH, **passes)
-
 
 def our_samples(rows):
     return [dice.Sample(dice.Prompt("", p), a, "") for p, a in rows]
 
-
 def our_sampling(args, config, sizes):
     net, prompts = dice.load_model(args.weights, args.device, dtype_of(args)), prompts_of(config, sizes)
-
+    sampling = dice.Sampling(temperature=1.0, max_new_tokens=sizes["limit"])
     def work():
         answers = [(index, len(answer)) for index, _, answer, _ in dice.generate(
-            net, prompts, K, stop_ids=stop_ids(config, sizes), seed=0, temperature=1.0,
-            max_new_tokens=sizes["limit"], rows=min(sizes["rows"], K * len(prompts)))]
+            net, prompts, K, sampling, stop_ids=stop_ids(config, sizes), seed=0,
+            rows=min(sizes["rows"], K * len(prompts)))]
         return sampling_result(config, sizes, prompts, answers)
     return work
 
-
 def our_scoring(args, config, sizes):
     net, rows = dice.load_model(args.weights, args.device, dtype_of(args)), answers_of(config, sizes)
-    return lambda: scoring_result(config, rows, dice.score(
-        net, our_samples(rows), dice.Budget(our_settings(args).score_tokens, "scoring")))
-
+    tokens = our_settings(args).score_tokens
+    return lambda: scoring_result(config, rows, [x for _, x in dice.score(net, our_samples(rows), tokens)])
 
 def our_training(args, config, sizes):
     s, rows, log = our_settings(args), pairs_of(config, sizes), []
-    net = dice.load_to_train(args.weights, s, args.device)
-    run = SimpleNamespace(settings=s, log=log.append, log_speed=lambda *_, **__: None,
-                          resume_training=lambda *_: 0, score_budget=dice.Budget(s.score_tokens, "scoring"),
-                          train_budget=dice.Budget(s.train_tokens, "training"))
-
+    net = models.prepare_training(dice.load_model(args.weights, "cpu", dtype_of(args)), s, args.device)
+    run = runs.Run(s, {})  # nothing is written: one network, and its rows in memory
+    run.stage_name, run.load, run.log = "dpo", lambda *_, **__: net, log.append
+    run.log_speed = lambda *_, **__: None
     def work():
         samples = our_samples([(p, a) for p, *both in rows for a in both])
-        for x, value in zip(samples, dice.score(net, samples, run.score_budget)):
-            x.logprob = value
-        if net.computes:
+        for i, logprob in dice.score(net, samples, s.score_tokens):
+            samples[i].logprob = logprob
+        if net.sharded:
             net.reshard()  # after a pass without gradients FSDP leaves the head as it was for that
         pairs = [dice.Pair(*both, "replayed") for both in zip(samples[::2], samples[1::2])]
-        dice.train(run, "dpo", net, dice.preference_losses, pairs, lr=1e-7, steps=len(pairs), epochs=1,
-                   batch=run.settings.batch)
+        dice.train(run, s, "", pairs, dice.preference_loss, lr=1e-7, steps=len(pairs), epochs=1, batch=BATCH)
         return training_result(config, rows, log[-1]["loss"])
     return work
 
-
-# ----------------------------------------------------------------------------------------------------------
-# transformers and trl
-
-
+# ------------------------------------------------------------------------------------ transformers and trl
 def their_model(args):
     from transformers import AutoModelForCausalLM
     return AutoModelForCausalLM.from_pretrained(args.weights, dtype=dtype_of(args)).to(args.device).eval()
-
 
 @torch.inference_mode()
 def their_sampling(args, config, sizes):
@@ -197,7 +167,6 @@ def their_sampling(args, config, sizes):
     # padded on the left
     tokens = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=args.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=args.device)
-
     def work():
         torch.manual_seed(0)
         out = net.generate(tokens, attention_mask=mask, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
@@ -210,10 +179,8 @@ def their_sampling(args, config, sizes):
         return sampling_result(config, sizes, prompts, answers)
     return work
 
-
 def their_scoring(args, config, sizes):
     net, rows = their_model(args), answers_of(config, sizes)
-
     @torch.inference_mode()
     def work():
         scores = []
@@ -228,19 +195,15 @@ def their_scoring(args, config, sizes):
         return scoring_result(config, rows, scores)
     return work
 
-
-def their_training(args, config, sizes, **knobs):
+def their_training(args, config, sizes, **options):
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import DPOConfig, DPOTrainer
-
     class Pretokenised(DPOTrainer):
         def _prepare_dataset(self, dataset, *rest):
             return dataset  # it holds ids already, under the names that this would have written
-
     rows, net = pairs_of(config, sizes), their_model(args)
     data = Dataset.from_dict(dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(list, zip(*rows)))))
-
     def work():
         cpu = args.device == "cpu"
         trainer = Pretokenised(
@@ -248,66 +211,54 @@ def their_training(args, config, sizes, **knobs):
             args=DPOConfig(output_dir=tempfile.mkdtemp(dir=Path(args.weights).parent), save_strategy="no",
                            report_to=[], disable_tqdm=True, use_cpu=cpu, bf16=not cpu, max_length=None,
                            learning_rate=1e-7, num_train_epochs=1, per_device_train_batch_size=BATCH,
-                           **knobs))
+                           **options))
         started = time.perf_counter()
         loss = trainer.train().training_loss
         return {**training_result(config, rows, loss), "seconds": time.perf_counter() - started}
     return work
 
-
 def their_fast_training(args, config, sizes):
     return their_training(args, config, sizes, gradient_checkpointing=False, precompute_ref_log_probs=True)
-
 
 WORK = {  # task: {who: (function, the package it needs)}; the first is ours
     "sampling": {"dice": (our_sampling, ""), "generate": (their_sampling, "transformers")},
     "scoring": {"dice": (our_scoring, ""), "forward": (their_scoring, "transformers")},
     "training": {"dice": (our_training, ""), "DPOTrainer": (their_training, "trl"),
-                 "DPOTrainer, fastest": (their_fast_training, "trl")},
-}
+                 "DPOTrainer, fastest": (their_fast_training, "trl")}}
 
-# ----------------------------------------------------------------------------------------------------------
-
-
+# ---------------------------------------------------------------------------------------------- The table
 def dtype_of(args):
     return torch.float32 if args.device == "cpu" else torch.bfloat16
 
-
 def name_of(dtype):
     return str(dtype).removeprefix("torch.")
-
 
 def wait(args):
     if args.device != "cpu":
         torch.cuda.synchronize()
 
+def fastest(args, times, work):
+    """Seconds of the fastest of some repetitions."""
+    seconds = []
+    for _ in range(times):
+        wait(args)
+        started = time.perf_counter()
+        work()
+        wait(args)
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
 
 def matrix_rate(args):
     """Operations per second of a large matrix product."""
     m, n = (2048, 1024) if args.device == "cpu" else (8192, 8192)
     a, b = (torch.randn(size, n, device=args.device, dtype=dtype_of(args)) for size in (m, n))
-    best = float("inf")
-    for _ in range(20):
-        wait(args)
-        started = time.perf_counter()
-        a @ b
-        wait(args)
-        best = min(best, time.perf_counter() - started)
-    return 2 * m * n * n / best
-
+    return 2 * m * n * n / fastest(args, 20, lambda: a @ b)
 
 def copy_rate(args):
-    """Bytes per second that a large copy reads."""
+    """Bytes per second that a large copy reads and writes."""
     a = torch.zeros(2**25 if args.device == "cpu" else 2**30, device=args.device, dtype=torch.uint8)
-    b, best = torch.empty_like(a), float("inf")
-    for _ in range(10):
-        wait(args)
-        started = time.perf_counter()
-        b.copy_(a)
-        wait(args)
-        best = min(best, time.perf_counter() - started)
-    return 2 * len(a) / best  # read and written
-
+    b = torch.empty_like(a)
+    return 2 * len(a) / fastest(args, 10, lambda: b.copy_(a))
 
 def one(args):
     """The process behind one line of the table: prints a JSON object."""
@@ -326,8 +277,7 @@ def one(args):
             memory = memory if args.device == "cpu" else torch.cuda.max_memory_allocated()
         best = min(best or result, result, key=lambda r: r["seconds"])
     print(json.dumps({**best, "memory": memory}), flush=True)
-    dice.runs.leave_processes()
-
+    processes.leave_processes()
 
 def table(args):
     config, _ = SHAPES[args.model_shape]
@@ -350,8 +300,7 @@ def table(args):
             result = subprocess.run(
                 [sys.executable, __file__, "--only", f"{task}/{who}", "--weights", str(args.weights),
                  "--device", args.device, "--model-shape", args.model_shape, "--repeat", str(args.repeat),
-                 "--threads", str(torch.get_num_threads())],
-                capture_output=True, text=True,
+                 "--threads", str(torch.get_num_threads())], capture_output=True, text=True,
                 env={**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
             if result.returncode:
                 error = (result.stderr.strip().splitlines() or ["killed"])[-1][:80]
@@ -365,10 +314,9 @@ def table(args):
                   f"| {floor / line['seconds']:.0%} | {ours / speed:.2f}x | {line['memory'] / 1e9:.2f} GB "
                   f"| {line['note']}, {line['seconds']:.1f} s |", flush=True)
 
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
     add("--device", default="cpu", help="cpu or cuda (default: cpu)")
     add("--model-shape", choices=SHAPES, default="25m", help="(default: 25m)")
@@ -390,7 +338,6 @@ def main():
         models.write_checkpoint(args.weights, config, net.state_dict(), tokenizer, dtype_of(args))
         del net
         table(args)
-
 
 if __name__ == "__main__":
     main()

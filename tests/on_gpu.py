@@ -2,8 +2,6 @@
 
     python -m pytest -q tests/on_gpu.py
 """
-
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,63 +9,54 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_dice import Recorded, network, ragged_attention, random_ids, random_pairs, sample_all
-from test_runs import LLAMA, moved
+from test_dice import LLAMA, Recorded, network, random_ids, random_pairs, sample_all, scores, varlen_attention
+from test_runs import moved
 
 import dice
-from data import runs, tiny
+from data import files, tiny
 from model import Config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 DICE = Path(__file__).resolve().parent.parent / "dice.py"
-SHAPES = {
-    "grouped": Config(
-        vocab_size=512, context=512, layers=4, width=256, heads=8, kv_heads=2, head_size=64, hidden=512
-    ),
-    "wide heads": Config(
-        vocab_size=512, context=512, layers=4, width=256, heads=4, kv_heads=1, head_size=128, hidden=512
-    ),
-    "gpt2": Config(512, 512, 4, 256, 4, 4, 64, 512, "learned", "layer", "gelu", True, True, True, True),
-}
+SHAPE = dict(vocab_size=512, context=512, layers=4, width=256, hidden=512)
+SHAPES = {"grouped": Config(**SHAPE, heads=8, kv_heads=2, head_size=64),
+          "wide heads": Config(**SHAPE, heads=4, kv_heads=1, head_size=128),
+          "gpt2": Config(**SHAPE, heads=4, kv_heads=4, head_size=64, position="learned", norm="layer",
+                         mlp="gelu", qkv_bias=True, out_bias=True, mlp_bias=True, tied=True)}
 every_shape = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
-
 
 def on_gpu(config):
     return network(config).bfloat16().to("cuda")
 
-
 @every_shape
-def test_ragged_attention_is_what_the_suite_takes_it_for(config):
+def test_varlen_attention_is_what_the_suite_takes_it_for(config):
     cache = dice.KVCache(config, 300, 400, "cuda", torch.bfloat16)
-    assert cache.ragged
+    assert cache.varlen
     cache.k.normal_(), cache.v.normal_()
     for rows, T in ((1, 1), (7, 1), (300, 1), (5, 9), (2, 70)):
         position = torch.randint(0, 401 - T, (rows, 1), device="cuda") + torch.arange(T, device="cuda")
         q = torch.randn(rows, config.heads, T, config.head_size, device="cuda", dtype=torch.bfloat16)
-        ours = cache.attend(2, q, cache.sees(position)).cpu().float()
-        row = torch.arange(rows + 1, dtype=torch.int32)
-        exact, *_ = ragged_attention(
-            *(x.cpu().flatten(0, 1) for x in (q.transpose(1, 2), cache.k[2], cache.v[2])),
-            row * T, row * 400, T, 400, dropout_p=0.0, is_causal=True, return_debug_mask=False,
-            seqused_k=position[:, -1].cpu().int() + 1,
-        )  # fmt: skip
+        cache.prepare(position)
+        ours, row = cache.attend(2, q).cpu().float(), torch.arange(rows + 1, dtype=torch.int32)
+        exact, *_ = varlen_attention(
+            *(x.cpu().flatten(0, 1) for x in (q.transpose(1, 2), cache.k[2], cache.v[2])), row * T, row * 400,
+            T, 400, dropout_p=0.0, is_causal=True, return_debug_mask=False,
+            seqused_k=position[:, -1].cpu().int() + 1)
         exact = exact.view(rows, T, *exact.shape[1:]).transpose(1, 2)
         torch.testing.assert_close(ours, exact.float(), atol=0.02, rtol=0.02)
 
-
 @every_shape
-def test_recorded_steps_draw_what_the_steps_draw(config, monkeypatch):
+def test_captured_steps_draw_what_the_steps_draw(config, monkeypatch):
     net, rng = on_gpu(config), np.random.default_rng(0)
     prompts = random_ids(rng, *rng.integers(1, 300, 20), vocab=512)
     for options in ({}, {"top_p": 0.9}, {"temperature": 0.0}):
         options |= dict(rows=48, max_new_tokens=150, stop_ids=range(4))
-        recorded = sample_all(net, prompts, 8, **options)
+        captured = sample_all(net, prompts, 8, **options)
         with monkeypatch.context() as patch:
-            patch.setattr(dice, "record", Recorded)
-            assert sample_all(net, prompts, 8, **options) == recorded
-        assert len({len(ids) for ids, _ in recorded.values()}) > 5
-
+            patch.setattr(dice, "capture_cuda_graph", Recorded)
+            assert sample_all(net, prompts, 8, **options) == captured
+        assert len({len(ids) for ids, _ in captured.values()}) > 5
 
 @every_shape
 @torch.no_grad()
@@ -80,37 +69,31 @@ def test_log_probs_agree_with_float32_and_with_the_sampler(config):
     samples = [dice.Sample(dice.Prompt("", prompts[i]), ids, "") for (i, _), (ids, _) in found.items()]
     for x in samples:
         tokens = torch.tensor([x.prompt.ids + x.tokens], device="cuda")
-        logprobs = net.logits(net(tokens))[0].float().log_softmax(-1)[len(x.prompt.ids) - 1 : -1]
+        logprobs = net.logits(net(tokens))[0].float().log_softmax(-1)[len(x.prompt.ids) - 1:-1]
         drawn = logprobs.gather(1, torch.tensor(x.tokens, device="cuda")[:, None])[:, 0]
         assert float((logprobs.amax(-1) - drawn).max()) < 0.2
-    budget = dice.Budget(2000, "scoring")
-    ours, exact = (np.array(dice.score(m, samples, budget)) for m in (net, network(config)))
+    ours, exact = (np.array(scores(m, samples, 2000)) for m in (net, network(config)))
     assert np.mean(np.abs(ours - exact) / [len(x.tokens) for x in samples]) < 0.04
 
-
-def test_training_follows_float32_wherever_its_state_is():
+def test_training_follows_float32_wherever_its_state_is(tmp_path):
     pairs = random_pairs(network(LLAMA), 64)
-    exact, _ = moved(pairs)
+    exact, _ = moved(tmp_path, pairs)
     for offload in ("no", "yes"):
-        close, _ = moved(
-            pairs, dtype="bfloat16", sharded=True, recompute=True, offload=offload, device="cuda"
-        )
+        close, _ = moved(tmp_path, pairs, dtype="bfloat16", sharded=True, recompute=True, offload=offload,
+                         device="cuda")
         assert float((close - exact).norm() / exact.norm()) < 0.03, offload
-
 
 @pytest.mark.parametrize("processes", [0, torch.cuda.device_count()])
 @pytest.mark.parametrize("offload", ["no", "yes"])
 def test_a_run_from_a_name_to_its_last_checkpoint(processes, offload, tmp_path):
     """Without torchrun, and with a process for each GPU."""
-    runs.write_rows(tmp_path / "pairs.jsonl", tiny.preferences(0)[:200])
-    runs.write_rows(tmp_path / "prompts.jsonl", ({"prompt": x} for x in tiny.training_prompts(0)[:24]))
+    files.write_rows(tmp_path / "pairs.jsonl", tiny.preferences(0)[:200])
+    files.write_rows(tmp_path / "prompts.jsonl", ({"prompt": x} for x in tiny.training_prompts(0)[:24]))
     launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
-    result = subprocess.run(
-        [sys.executable, *launch, DICE, "--model", "smollm2-135m", "--weights", "dummy", "--sft-steps", "3",
-         "--sft-batch", "4", "--batch", "4", "--dpo-steps", "3", "--steps", "3", "--rounds", "2",
-         "--samples", "8", "--chunk", "8", "--min-valid", "0", "--max-new-tokens", "200",
-         "--offload", offload, "--out", tmp_path / "out",
-         "--preferences", tmp_path / "pairs.jsonl", "--prompts", tmp_path / "prompts.jsonl"],
-        capture_output=True, text=True, env=os.environ)  # fmt: skip
+    argv = ("--model smollm2-135m --weights dummy --sft-steps 3 --sft-batch 4 --batch 4 --dpo-steps 3 "
+            f"--steps 3 --rounds 2 --samples 8 --chunk 8 --min-valid 0 --max-new-tokens 200 --offload {offload} "
+            "--out out --preferences pairs.jsonl --prompts prompts.jsonl").split()
+    command = [sys.executable, *launch, DICE, *argv]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert (tmp_path / "out/round-2/policy/model.safetensors").exists()

@@ -1,412 +1,250 @@
-"""The method against something simpler: float64 loops, the uncached forward, worked numbers, transformers."""
-
+"""The method against something simpler: float64 loops, the uncached forward, worked numbers, transformers.
+Then whole runs: what they leave, what they refuse, and what odd texts and rewards do to them."""
 import json
 import math
+import shutil
+import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import dice
 import model as models
-from data import tiny
-from model import Config, InputError
+from data import files, options, report, runs, tiny
+from data.files import InputError
+from data.processes import batches
+from model import Config
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
 needs_real = pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/real")
 
 LLAMA = Config(vocab_size=90, context=64, layers=2, width=32, heads=4, kv_heads=2, head_size=10, hidden=40)
-GPT2 = Config(
-    vocab_size=90,
-    context=64,
-    layers=2,
-    width=32,
-    heads=4,
-    kv_heads=4,
-    head_size=8,
-    hidden=64,
-    position="learned",
-    norm="layer",
-    mlp="gelu",
-    qkv_bias=True,
-    out_bias=True,
-    mlp_bias=True,
-    tied=True,
-)
-QWEN2 = Config(
-    vocab_size=90,
-    context=64,
-    layers=2,
-    width=32,
-    heads=4,
-    kv_heads=1,
-    head_size=8,
-    hidden=40,
-    qkv_bias=True,
-    tied=True,
-    rope_theta=1e6,
-)
-LLAMA3 = Config(
-    vocab_size=90,
-    context=64,
-    layers=2,
-    width=32,
-    heads=4,
-    kv_heads=2,
-    head_size=16,
-    hidden=40,
-    rope_theta=5e5,
-    rope_scaling={
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 32,
-    },
-)
-FAMILIES = pytest.mark.parametrize(
-    "config", [LLAMA, GPT2, QWEN2, LLAMA3], ids=["llama", "gpt2", "qwen2", "llama3"]
-)
-
+GPT2 = replace(LLAMA, kv_heads=4, head_size=8, hidden=64, position="learned", norm="layer", mlp="gelu",
+               qkv_bias=True, out_bias=True, mlp_bias=True, tied=True)
+QWEN2 = replace(LLAMA, kv_heads=1, head_size=8, qkv_bias=True, tied=True, rope_theta=1e6)
+SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
+LLAMA3 = replace(LLAMA, head_size=16, rope_theta=5e5, rope_scaling=SCALING)
+WIDE = Config(vocab_size=512, context=256, layers=6, width=128, heads=8, kv_heads=2, head_size=16, hidden=352)
+FAMILIES = pytest.mark.parametrize("config", (LLAMA, GPT2, QWEN2, LLAMA3), ids=("llama", "gpt2", "qwen", "3"))
+same = torch.testing.assert_close
 
 def network(config, seed=0):
     """Random weights large enough for sharp and varied distributions."""
     net = dice.new_model(config, seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.copy_(
-                torch.randn(p.shape, generator=torch.Generator().manual_seed(seed + p.numel())) * 0.15
-                + (p == 1)
-            )
+    for p in net.parameters():
+        generator = torch.Generator().manual_seed(seed + p.numel())
+        p.data = torch.randn(p.shape, generator=generator) * 0.15 + (p.data == 1)
     return net
-
 
 def random_ids(rng, *lengths, vocab=90):
     return [rng.integers(4, vocab, n).tolist() for n in lengths]
 
+def scores(net, samples, tokens=500):
+    found = dict(dice.score(net, samples, tokens))
+    return [found[i] for i in range(len(samples))]
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 # ------------------------------------------------------------------------------------- Transformer and cache
-
+def steps_of(net, tokens, sizes):
+    """The logits of these tokens (B, T), read in chunks of these sizes with a cache."""
+    cache, parts, start = dice.KVCache(net.config, *tokens.shape, "cpu", net.dtype), [], 0
+    for size in sizes:
+        parts.append(net.logits(net(tokens[:, start:start + size], cache)))
+        cache.length, cache.longest, start = cache.length + size, cache.longest + size, start + size
+    return torch.cat(parts, dim=1)
 
 @FAMILIES
 @torch.no_grad()
 def test_cached_logits_equal_uncached_for_prefill_single_steps_and_a_second_chunk(config):
-    net = network(config)
-    tokens = torch.randint(0, 90, (3, 24), generator=torch.Generator().manual_seed(1))
-    whole = net.logits(net(tokens))
-    cache, parts, start = dice.KVCache(config, 3, 40, "cpu", torch.float32), [], 0
-    for size in (7, 5, 1, 1, 8, 1, 1):
-        parts.append(net.logits(net(tokens[:, start : start + size], cache)))
-        cache.length += size
-        cache.used += size
-        start += size
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=2e-5, rtol=1e-4)
+    net, tokens = network(config), torch.tensor(random_ids(np.random.default_rng(1), 24, 24, 24))
+    same(steps_of(net, tokens, (7, 5, 1, 1, 8, 1, 1)), net.logits(net(tokens)), atol=2e-5, rtol=1e-4)
 
-
-@torch.no_grad()
-def test_rows_of_different_length_decode_as_if_alone():
-    net, rng = network(LLAMA), np.random.default_rng(0)
-    prompts, answers = random_ids(rng, 3, 11, 20), random_ids(rng, 6, 6, 6)
-    tokens, length = dice.pad(prompts, "cpu")
-    cache = dice.KVCache(LLAMA, 3, 40, "cpu", torch.float32)
-    net(tokens, cache)
-    cache.length, cache.used = length.clone(), 20
-    for t in range(6):
-        step = net(torch.tensor([[a[t]] for a in answers]), cache)[:, 0]
-        cache.length += 1
-        cache.used += 1
-        for row in range(3):
-            alone = net(torch.tensor([prompts[row] + answers[row][: t + 1]]))[0, -1]
-            torch.testing.assert_close(step[row], alone, atol=1e-5, rtol=1e-4)
-
-
-WIDE = Config(
-    vocab_size=512, context=256, layers=6, width=128, heads=8, kv_heads=2, head_size=16, hidden=352
-)
-
+def token_logprobs(logits, tokens):
+    """Log-probs (B, T-1) of all tokens (B, T) but the first."""
+    return logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
 
 @torch.no_grad()
 def test_bfloat16_log_probs_are_no_further_from_float32_than_those_of_transformers(tmp_path):
-    hf = pytest.importorskip("transformers")
-    exact = network(WIDE)
-    rng, (_, tokenizer) = np.random.default_rng(0), dice.tiny_model()
-    models.write_checkpoint(tmp_path / "model", WIDE, exact.state_dict(), tokenizer)
-    tokens = torch.tensor(random_ids(rng, *[120] * 16, vocab=512))
-
-    def token_logprobs(logits):  # (16, 119)
-        return logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-
-    right = token_logprobs(exact.logits(exact(tokens)))
-    ours = token_logprobs(exact.bfloat16().logits(exact(tokens))) - right
+    hf, exact = pytest.importorskip("transformers"), network(WIDE)
+    models.write_checkpoint(tmp_path / "model", WIDE, exact.state_dict(), models.tiny_model()[1])
+    tokens = torch.tensor(random_ids(np.random.default_rng(0), *[120] * 16, vocab=512))
+    right = token_logprobs(exact.logits(exact(tokens)), tokens)
+    ours = token_logprobs(exact.bfloat16().logits(exact(tokens)), tokens) - right
     net = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16).eval()
-    theirs = token_logprobs(net(tokens).logits) - right
+    theirs = token_logprobs(net(tokens).logits, tokens) - right
     assert ours.abs().mean() <= 1.03 * theirs.abs().mean()
     assert ours.square().mean() <= 1.06 * theirs.square().mean()
 
-
 @torch.no_grad()
 def test_sampling_and_scoring_agree_in_bfloat16():
-    """The log-probs of sampled tokens, step by step with a cache and in one pass: within 0.02 nats a token on
-    average, 0.2 at most. (What is stored is always of the scoring pass.)"""
-    net, rng = network(WIDE).bfloat16(), np.random.default_rng(0)
-    prompt, answer = random_ids(rng, 30, vocab=512)[0], random_ids(rng, 120, vocab=512)[0]
-    tokens = torch.tensor([prompt + answer])
-    once = net.logits(net(tokens)).float().log_softmax(-1)[0, len(prompt) - 1 : -1]
-    cache, steps = dice.KVCache(WIDE, 1, 160, "cpu", torch.bfloat16), []
-    for part in (tokens[:, : len(prompt)], *tokens[:, len(prompt) : -1].split(1, dim=1)):
-        steps.append(net.logits(net(part, cache))[:, -1].float().log_softmax(-1))
-        cache.length += part.shape[1]
-        cache.used += part.shape[1]
-    target = torch.tensor(answer)[:, None]
-    gap = (once.gather(1, target) - torch.cat(steps).gather(1, target)).abs()
+    """Step by step with a cache and in one pass: within 0.02 nats a token on average, 0.2 at most."""
+    net, tokens = network(WIDE).bfloat16(), torch.tensor(random_ids(np.random.default_rng(0), 150, vocab=512))
+    once, steps = net.logits(net(tokens)), steps_of(net, tokens, [30] + [1] * 120)
+    gap = (token_logprobs(once, tokens) - token_logprobs(steps, tokens)).abs()[:, 29:]
     assert gap.mean() < 0.02 and gap.max() < 0.2
-
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama", "llama3", "mistral", "qwen2"])
 @torch.no_grad()
 def test_logits_equal_transformers(kind, tmp_path):
     hf = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    shape = dict(
-        vocab_size=90,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-    )
+    shape = dict(vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)
     if kind == "gpt2":
-        net = hf.GPT2LMHeadModel(
-            hf.GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=64)
-        )
+        net = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     elif kind == "mistral":
         net = hf.MistralForCausalLM(hf.MistralConfig(**shape, sliding_window=None, head_dim=12))
     elif kind == "qwen2":
         net = hf.Qwen2ForCausalLM(hf.Qwen2Config(**shape, tie_word_embeddings=True))
     else:
-        scaling = {
-            "rope_parameters": {
-                "rope_type": "llama3",
-                "rope_theta": 5e5,
-                "factor": 8.0,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 32,
-            }
-        }
-        net = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, **(scaling if kind == "llama3" else {})))
+        rope = {"rope_type": "llama3", "rope_theta": 5e5, **SCALING} if kind == "llama3" else None
+        net = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, rope_parameters=rope))
     for p in net.parameters():
         p.mul_(4) if p.dim() == 2 else p.add_(torch.randn_like(p) * 0.1)
     net.eval().save_pretrained(tmp_path)
-    tokens = torch.randint(0, 90, (2, 50))
-    ours = dice.load_model(tmp_path, "cpu")
-    torch.testing.assert_close(ours.logits(ours(tokens)), net(tokens).logits, atol=1e-4, rtol=0)
-
+    tokens, ours = torch.randint(0, 90, (2, 50)), dice.load_model(tmp_path, "cpu")
+    same(ours.logits(ours(tokens)), net(tokens).logits, atol=1e-4, rtol=0)
 
 # ------------------------------------------------------------------------------------- sampler
+PROMPTS = random_ids(np.random.default_rng(0), 5, 1, 17, 30, 9, 2)
 
-
-def sample_all(net, prompts, samples, **options):
-    options = {"stop_ids": (1, 2, 3), "seed": 0, "max_new_tokens": 30, "rows": 16, **options}
-    found = {
-        (index, k): (ids, finish)
-        for index, k, ids, finish in dice.generate(net, prompts, samples, **options)
-    }
-    assert len(found) == len(prompts) * samples
+def sample_all(net, prompts, count, temperature=1.0, top_p=1.0, max_new_tokens=30, **changes):
+    """{(index of the prompt, number of the sample): (ids, finish)} of all answers."""
+    arguments = {"stop_ids": (1, 2, 3), "seed": 0, "rows": 16, **changes}
+    drawn = dice.generate(net, prompts, count, dice.Sampling(temperature, top_p, max_new_tokens), **arguments)
+    found = {(index, number): (ids, finish) for index, number, ids, finish in drawn}
+    assert len(found) == len(prompts) * count
     return found
 
-
 @FAMILIES
+@torch.no_grad()
 def test_greedy_equals_argmax_of_the_uncached_forward(config):
-    net, prompts = network(config), random_ids(np.random.default_rng(0), 5, 1, 17)
-    for (index, _), (ids, finish) in sample_all(net, prompts, 1, temperature=0, rows=2).items():
+    net = network(config)
+    for (index, _), (ids, finish) in sample_all(net, PROMPTS[:3], 1, temperature=0, rows=2).items():
         expected = []
         while len(expected) < 30 and (not expected or expected[-1] not in (1, 2, 3)):
-            with torch.no_grad():
-                expected.append(
-                    int(net.logits(net(torch.tensor([prompts[index] + expected])))[0, -1].argmax())
-                )
-        assert ids == expected
-        assert finish == ("stop" if ids[-1] in (1, 2, 3) else "length")
+            logits = net.logits(net(torch.tensor([PROMPTS[index] + expected])))
+            expected.append(int(logits[0, -1].argmax()))
+        assert ids == expected and finish == ("stop" if ids[-1] in (1, 2, 3) else "length")
 
-
-def test_a_sample_depends_on_seed_round_prompt_and_number_alone():
-    net, prompts = network(LLAMA), random_ids(np.random.default_rng(0), 5, 1, 17, 30, 9, 2)
-    whole = sample_all(net, prompts, 4)
-    again = sample_all(net, prompts[::-1], 4, rows=4)  # another order, other neighbours, another batch
+def test_a_sample_depends_on_seed_stream_prompt_and_number_alone():
+    net = network(LLAMA)
+    whole = sample_all(net, PROMPTS, 4)
+    again = sample_all(net, PROMPTS[::-1], 4, rows=4)  # another order, other neighbours, another batch
     assert {(5 - i, k): v for (i, k), v in again.items()} == whole
-    alone = sample_all(net, [prompts[3]], 4, rows=100)
+    alone = sample_all(net, [PROMPTS[3]], 4, rows=100)
     assert all(alone[0, k] == whole[3, k] for k in range(4))
-    for other in (sample_all(net, prompts, 4, seed=1), sample_all(net, prompts, 4, round=1)):
+    for other in (sample_all(net, PROMPTS, 4, seed=1), sample_all(net, PROMPTS, 4, stream=1)):
         assert sum(other[key] != whole[key] for key in whole) > 20
 
-
 def test_samples_end_with_a_stop_token_or_at_the_limit_and_differ():
-    net, prompts = network(LLAMA), random_ids(np.random.default_rng(0), 5, 1, 60)
-    found = sample_all(net, prompts, 16, stop_ids=(7, 8))
+    prompts = random_ids(np.random.default_rng(0), 5, 1, 60)
+    found = sample_all(network(LLAMA), prompts, 16, stop_ids=(7, 8))
     for (index, _), (ids, finish) in found.items():
         limit = min(30, LLAMA.context - len(prompts[index]))
         assert not set(ids[:-1]) & {7, 8} and len(ids) <= limit
-        assert finish == ("stop" if ids[-1] in (7, 8) else "length") and (
-            finish == "stop" or len(ids) == limit
-        )
+        assert finish == "stop" if ids[-1] in (7, 8) else finish == "length" and len(ids) == limit
     assert {finish for _, finish in found.values()} == {"stop", "length"}
     assert len({found[0, k][0][0] for k in range(16)}) > 4  # the first token is drawn for each sample
 
-
 class Recorded:
     """A CUDA graph without CUDA: does the work again, for the same rows, on the device alone."""
-
-    def __init__(self, work, device):
-        self.work, self.flight = work, work.func.__self__
-
+    def __init__(self, fn, device):
+        self.fn, self.batch = fn, fn.func.__self__
     def replay(self):
-        assert self.work.args[0] >= len(self.flight.owner)
-        used = self.flight.cache.used
-        self.work()
-        assert self.flight.cache.used == used  # no Python runs in a replay
+        assert self.fn.args[0] >= len(self.batch.request)
+        longest = self.batch.cache.longest
+        self.fn()
+        assert self.batch.cache.longest == longest  # no Python runs in a replay
 
-
-def ragged_attention(
-    q, k, v, starts, k_starts, longest_q, longest_k, *, dropout_p, is_causal, return_debug_mask, seqused_k
-):
+def varlen_attention(q, k, v, starts, k_starts, longest_q, longest_k, *, dropout_p, is_causal,
+                     return_debug_mask, seqused_k):
     """What torch documents of varlen_attn, row by row in float64: sequence b has the queries from starts[b]
     on and the keys from k_starts[b] on, of which seqused_k[b] count, and the last query sees all of these."""
     assert is_causal and not (dropout_p or return_debug_mask) and q.shape[0] == int(starts[-1])
     assert {x.dtype for x in (starts, k_starts, seqused_k)} == {torch.int32}
     y, group = torch.empty_like(q), q.shape[1] // k.shape[1]
     for b in range(len(starts) - 1):
-        mine, used = range(int(starts[b]), int(starts[b + 1])), int(seqused_k[b])
-        assert len(mine) == longest_q <= used <= k_starts[b + 1] - k_starts[b] == longest_k
-        for t, i in enumerate(mine):
-            here = slice(int(k_starts[b]), int(k_starts[b]) + used - len(mine) + t + 1)
+        queries, used = range(int(starts[b]), int(starts[b + 1])), int(seqused_k[b])
+        assert len(queries) == longest_q <= used <= k_starts[b + 1] - k_starts[b] == longest_k
+        for t, i in enumerate(queries):
+            seen = slice(int(k_starts[b]), int(k_starts[b]) + used - len(queries) + t + 1)
             for head in range(q.shape[1]):
-                keys, values = (x[here, head // group].double() for x in (k, v))  # (S, D)
-                weights = (keys @ q[i, head].double() / q.shape[-1] ** 0.5).softmax(0)
-                y[i, head] = weights @ values
+                keys, values = (x[seen, head // group].double() for x in (k, v))  # (S, D)
+                y[i, head] = (keys @ q[i, head].double() / q.shape[-1] ** 0.5).softmax(0) @ values
     return y, None, None, None, None
 
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """The sampler takes CUDA's way: ragged attention, recorded steps of few sizes, a look now and then."""
-    monkeypatch.setattr(dice, "has_ragged_attention", lambda config, device, dtype: True)
-    monkeypatch.setattr(dice, "record", Recorded)
-    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", ragged_attention)
-
-
 @FAMILIES
-def test_ragged_attention_and_recorded_steps_draw_the_same(config, request):
-    net, prompts = network(config), random_ids(np.random.default_rng(0), 5, 1, 17, 30, 9, 2)
-    options = dict(rows=12, stop_ids=range(7))
-    known = sample_all(net, prompts, 4, **options)
-    request.getfixturevalue("as_on_a_gpu")
-    assert sample_all(net, prompts, 4, **options) == known
-    streamed = []
-    one = sample_all(net, prompts[2:3], 1, **options, on_token=streamed.append)
-    assert one[0, 0] == known[2, 0] and streamed == one[0, 0][0]
-
-
-@FAMILIES
-def test_scores_by_ragged_attention_are_the_same(config, request):
-    net, samples = network(config), random_samples()
-    known = dice.score(net, samples, dice.Budget(200, "scoring"))
-    request.getfixturevalue("as_on_a_gpu")
-    assert dice.score(net, samples, dice.Budget(200, "scoring")) == pytest.approx(known, abs=1e-4)
-
+def test_varlen_attention_and_recorded_steps_draw_and_score_the_same(config, monkeypatch):
+    """The sampler takes CUDA's way: varlen attention, recorded steps of few sizes, a look now and then."""
+    net, samples, streamed, arguments = network(config), random_samples(), [], dict(rows=9, stop_ids=range(7))
+    drawn, scored = sample_all(net, PROMPTS, 4, **arguments), scores(net, samples, 200)
+    monkeypatch.setattr(dice, "has_varlen_kernel", lambda config, device, dtype: True)
+    monkeypatch.setattr(dice, "capture_cuda_graph", Recorded)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", varlen_attention)
+    assert sample_all(net, PROMPTS, 4, **arguments) == drawn
+    assert scores(net, samples, 200) == pytest.approx(scored, abs=1e-4)
+    one = sample_all(net, PROMPTS[2:3], 1, **arguments, on_token=streamed.append)
+    assert one[0, 0] == drawn[2, 0] and streamed == one[0, 0][0]
 
 def test_a_step_on_a_gpu_waits_for_nothing(monkeypatch):
-    """On the device "meta" there are shapes and no numbers: whoever asks for one fails. The attention is
-    torch's own."""
-    monkeypatch.setattr(dice, "has_ragged_attention", lambda config, device, dtype: True)
+    """On the device "meta" there are shapes and no numbers: whoever asks for one fails."""
+    monkeypatch.setattr(dice, "has_varlen_kernel", lambda config, device, dtype: True)
     with torch.device("meta"):
         net = dice.Transformer(LLAMA3).bfloat16()
     for top_p in (1.0, 0.9):
-        flight = dice.Flight(net, 8, 60, 30, [1, 2], 0.9, top_p)
-        flight.owner, flight.cache.used = [(0, 0)] * 6, 5
-        flight.advance(8)
-        assert flight.token.shape == (8,)
-
+        batch = dice.DecodingBatch(net, 8, 60, dice.Sampling(0.9, top_p, 30), [1, 2])
+        batch.request, batch.cache.longest = [(0, 0)] * 6, 5
+        batch.forward(8)
+        assert batch.token.shape == (8,)
 
 def test_each_prompt_is_prefilled_once(monkeypatch):
-    net, prompts, seen = network(LLAMA), random_ids(np.random.default_rng(0), 5, 9, 7), []
-    forward = net.forward
-    monkeypatch.setattr(
-        net, "forward", lambda tokens, cache=None: seen.append(tokens.shape) or forward(tokens, cache)
-    )
-    sample_all(net, prompts, 4)
+    net, seen = network(LLAMA), []
+    real = net.forward
+    monkeypatch.setattr(net, "forward", lambda x, cache=None: seen.append(x.shape) or real(x, cache))
+    sample_all(net, PROMPTS[2:5], 4)
     assert sum(rows for rows, width in seen if width > 1) == 3
     assert seen[-1][0] < 12  # rows that had ended no longer cost anything
 
-
-def test_pick_draws_from_the_distribution_and_from_its_nucleus():
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -30.0]).repeat(20000, 1)
-    uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0))
+def test_a_token_is_drawn_from_the_distribution_and_from_its_nucleus():
+    def draw(row, temperature, top_p, count):
+        uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
+        return dice.sample_token(row.repeat(count, 1), uniform, dice.Sampling(temperature, top_p))
+    row, rng = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -30.0]), np.random.default_rng(0)
     for temperature in (1.0, 0.5):
-        share = torch.bincount(dice.pick(logits, uniform, temperature, 1.0), minlength=6) / 20000
-        torch.testing.assert_close(share, (logits[0] / temperature).softmax(0), atol=0.012, rtol=0)
-    rng = np.random.default_rng(0)
-    for top_p, size in (
-        (0.1, 50),
-        (0.5, 50),
-        (0.9, 50),
-        (0.99, 50),
-        (0.9, 3000),
-    ):  # the last needs more than 64
+        share = torch.bincount(draw(row, temperature, 1.0, 20000), minlength=6) / 20000
+        same(share, (row / temperature).softmax(0), atol=0.012, rtol=0)
+    for top_p, size in ((0.1, 50), (0.5, 50), (0.9, 50), (0.99, 50), (0.9, 3000)):  # the last: above 64
         row = torch.tensor(rng.normal(size=size) * (2 if size == 50 else 1), dtype=torch.float32)
         probs, order = row.softmax(0).sort(descending=True)
-        nucleus = set(
-            order[: int((probs.cumsum(0) < top_p).sum()) + 1].tolist()
-        )  # by sorting, as it is defined
-        drawn = set(dice.pick(row.repeat(20000, 1), uniform, 1.0, top_p).tolist())
+        nucleus = set(order[:int((probs.cumsum(0) < top_p).sum()) + 1].tolist())  # by definition
+        drawn = set(draw(row, 1.0, top_p, 4000).tolist())
         assert drawn <= nucleus and len(drawn) >= 0.6 * len(nucleus)
-    edge = torch.tensor([0.0, 1 - 2**-24])
-    assert dice.pick(torch.tensor([[-math.inf, 0.0, -math.inf]] * 2), edge, 1.0, 1.0).tolist() == [1, 1]
-
-
-@needs_real
-def test_stories260k_goes_on_as_it_is_known_to():
-    directory = REAL / "stories260k"
-    net, tokenizer = dice.load_model(directory, "cpu"), models.read_tokenizer(directory)
-    [(_, _, ids, _)] = dice.generate(
-        net,
-        [tokenizer.raw("Once upon a time")],
-        1,
-        stop_ids=tokenizer.stop_ids,
-        seed=0,
-        max_new_tokens=40,
-        rows=1,
-        temperature=0,
-    )
-    assert tokenizer.decode(ids).startswith(
-        ", there was a little girl named Lily. She loved to play with her toys and her friends."
-    )
-
+    row, edge = torch.tensor([[-math.inf, 0.0, -math.inf]] * 2), torch.tensor([0.0, 1 - 2**-24])
+    assert dice.sample_token(row, edge, dice.Sampling(1.0)).tolist() == [1, 1]
 
 # ------------------------------------------------------------------------------------- log-probs
-
-
 @FAMILIES
 @torch.no_grad()
 def test_sequence_logprobs_equal_a_float64_loop(config):
-    net, rng = network(config), np.random.default_rng(0)
-    prompts, answers = random_ids(rng, 3, 1, 12, 30), random_ids(rng, 7, 1, 20, 5)
-    answers = [ids + [2] for ids in answers]  # the end token counts
-    found = dice.sequence_logprobs(net, prompts, answers)
-    double = network(config).double()
+    net, double, rng = network(config), network(config).double(), np.random.default_rng(0)
+    prompts, answers = random_ids(rng, 3, 1, 12, 30), [ids + [2] for ids in random_ids(rng, 7, 1, 20, 5)]
+    found = dice.sequence_logprobs(net, prompts, answers)  # the end token, 2, counts
     for row, (prompt, answer) in enumerate(zip(prompts, answers)):
         total = 0.0
         for t, token in enumerate(answer):
-            total += (
-                double.logits(double(torch.tensor([prompt + answer[:t]])))[0, -1]
-                .log_softmax(-1)[token]
-                .item()
-            )
+            logits = double.logits(double(torch.tensor([prompt + answer[:t]])))[0, -1]
+            total += logits.log_softmax(-1)[token].item()
         assert found[row].item() == pytest.approx(total, abs=2e-4)
     alone = torch.cat([dice.sequence_logprobs(net, [p], [a]) for p, a in zip(prompts, answers)])
-    torch.testing.assert_close(found, alone, atol=1e-4, rtol=0)  # padding changes nothing
-
+    same(found, alone, atol=1e-4, rtol=0)  # padding changes nothing
 
 def random_samples():
     """Several answers, of one token too, to prompts of different length."""
@@ -417,440 +255,317 @@ def random_samples():
         samples += [dice.Sample(prompt, ids, "") for ids in answers]
     return [samples[i] for i in rng.permutation(len(samples))]
 
-
 @FAMILIES
 def test_prompts_read_once_give_the_scores_of_prompts_read_for_each_answer(config, monkeypatch):
-    net, samples, read = network(config).double(), random_samples(), []
+    net, samples, read, real = network(config).double(), random_samples(), [], dice.prefill
     known = [dice.sequence_logprobs(net, [x.prompt.ids], [x.tokens]).item() for x in samples]
-    real = dice.prefill
     monkeypatch.setattr(dice, "prefill", lambda model, prompts: read.extend(prompts) or real(model, prompts))
     for tokens in (1, 60, 10**6):
-        assert dice.score(net, samples, dice.Budget(tokens, "scoring")) == pytest.approx(known, abs=1e-9)
+        assert scores(net, samples, tokens) == pytest.approx(known, abs=1e-9)
         assert sorted(map(len, read)) == [1, 5, 9, 17, 60]
         read.clear()
 
-
-def test_log_probs_in_chunks_have_the_same_values_and_gradients_and_keep_no_large_logits(monkeypatch):
-    rng, results = np.random.default_rng(0), []
+def test_log_probs_in_chunks_have_the_values_and_gradients_of_log_softmax_and_keep_no_logits(monkeypatch):
+    net, rng, rows, kept, real = network(LLAMA).double(), np.random.default_rng(0), [], [], dice.chunks
     prompts, answers = random_ids(rng, 3, 1, 12), random_ids(rng, 7, 9, 20)
-    for budget in (2**26, 90 * 5):
-        net, rows, kept = network(LLAMA), [], []
-        monkeypatch.setattr(dice, "LOGITS", budget)
-        chunks = dice.TokenLogprobs.chunks
-        monkeypatch.setattr(
-            dice.TokenLogprobs,
-            "chunks",
-            lambda *given: (rows.append(chunk[1].shape) or chunk for chunk in chunks(*given)),
-        )
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
-            logprobs = dice.sequence_logprobs(net, prompts, answers)
-        (logprobs * torch.tensor([1.0, -2.0, 3.0])).sum().backward()
-        monkeypatch.setattr(dice.TokenLogprobs, "chunks", chunks)
-        assert (
-            sum(n for n, _ in rows) == 2 * 36
-        )  # forward and backward; prompts and padding never get there
-        assert not any(
-            90 in shape for shape in kept if shape != net.head.weight.shape
-        )  # no logits are kept
-        results.append([logprobs.detach(), *(p.grad for p in net.parameters())])
-    assert max(n for n, _ in rows) <= 5
-    for whole, chunked in zip(*results):
-        torch.testing.assert_close(whole, chunked, atol=1e-4, rtol=1e-4)
+    scale = torch.tensor([1.0, -2.0, 3.0])
+    def chunks(count, weight):
+        rows.extend(len(range(count)[part]) for part in real(count, weight))
+        return real(count, weight)
+    monkeypatch.setattr(dice, "CHUNK_OF_LOGITS", 90 * 5)
+    monkeypatch.setattr(dice, "chunks", chunks)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.shape) or x, lambda x: x):
+        found = dice.sequence_logprobs(net, prompts, answers)
+    (found * scale).sum().backward()
+    assert sum(rows) == 2 * 36 and max(rows) == 5  # forward and backward; prompts and padding never get there
+    assert not any(90 in shape for shape in kept if shape != net.head.weight.shape)
+    slopes, expected = [p.grad.clone() for p in net.parameters()], []
+    net.zero_grad()
+    for prompt, answer in zip(prompts, answers):
+        logprobs = net.logits(net(torch.tensor([prompt + answer])))[0, len(prompt) - 1:-1].log_softmax(-1)
+        expected.append(logprobs[range(len(answer)), answer].sum())
+    same(found, torch.stack(expected))
+    (torch.stack(expected) * scale).sum().backward()
+    same(slopes, [p.grad for p in net.parameters()])
 
-
-def test_gradients_of_the_log_probs_equal_those_of_log_softmax():
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (
-        torch.randn(n, 6, dtype=torch.float64, generator=generator).requires_grad_() for n in (9, 11)
-    )
-    targets, scale = (
-        torch.randint(0, 11, (9,), generator=generator),
-        torch.randn(9, generator=generator).double(),
-    )
-    found = dice.TokenLogprobs.apply(hidden, weight, targets)
-    expected = (hidden @ weight.T).log_softmax(-1)[range(9), targets]
-    torch.testing.assert_close(found, expected)
-    for a, b in zip(*(torch.autograd.grad((x * scale).sum(), (hidden, weight)) for x in (found, expected))):
-        torch.testing.assert_close(a, b)
-
-
-def test_batches_hold_every_index_once_within_the_budget():
+def test_batches_hold_every_item_once_within_the_budget():
     sizes = np.random.default_rng(0).integers(1, 400, 300).tolist() + [5000]
-    groups = dice.batches(sizes, 2000)
-    assert sorted(i for group in groups for i in group) == list(range(301))
-    assert all(len(group) * max(sizes[i] for i in group) <= 2000 or len(group) == 1 for group in groups)
-    padded = sum(len(group) * max(sizes[i] for i in group) for group in groups)
-    assert padded < 1.1 * sum(sizes)
+    groups = batches(sizes, 2000, size=int)
+    padded = [len(group) * max(group) for group in groups]
+    assert sorted(sum(groups, [])) == sorted(sizes) and sum(padded) < 1.1 * sum(sizes)
+    assert all(n <= 2000 or len(group) == 1 for n, group in zip(padded, groups))
 
-
-# ------------------------------------------------------------------------------------- formulas
-
+# ------------------------------------------------------------------------------------- alpha
 LENGTHS = np.array([[100, 400, 250, 50], [300, 120, 80, 500], [60, 90, 700, 200]], dtype=float)
 REWARDS = np.array([[1.0, 6.0, 3.5, 0.2], [4.0, 2.5, 1.0, 8.0], [0.5, 1.2, 9.0, 3.0]])
-VALID = np.ones((3, 4), dtype=bool)
 
+def some_missing(rng, reward, length):
+    """Tables with NaN where a prompt has no such answer; each prompt has two at least."""
+    missing = rng.random(reward.shape) < 0.2
+    missing[:, :2] = False
+    return np.where(missing, np.nan, reward), np.where(missing, np.nan, length)
 
 def test_alpha_on_the_worked_example():
-    for alpha, gap in (
-        (0, 470),
-        (0.0119, 470),
-        (0.0121, 303.3333),
-        (0.0135, 90),
-        (0.014, 16.6667),
-        (0.0145, -110),
-    ):
-        assert dice.length_gap(REWARDS, LENGTHS, VALID, alpha) == pytest.approx(gap, abs=1e-3)
-    alpha = dice.search_alpha(REWARDS, LENGTHS, VALID)
-    assert 0.013636 < alpha < 0.014474
-    best, worst = dice.best_and_worst(REWARDS, LENGTHS, VALID, alpha)
-    assert LENGTHS[range(3), best].tolist() == [400, 500, 200] and LENGTHS[range(3), worst].tolist() == [
-        50,
-        300,
-        700,
-    ]
-
+    table = {0: 470, 0.0119: 470, 0.0121: 303.3333, 0.0135: 90, 0.014: 16.6667, 0.0145: -110}
+    for alpha, gap in table.items():
+        assert dice.length_gap(REWARDS, LENGTHS, dice.choose_pairs, alpha) == pytest.approx(gap, abs=1e-3)
+    alpha = dice.search_alpha(REWARDS, LENGTHS)
+    prompt, best, worst = dice.choose_pairs(REWARDS - alpha * LENGTHS)
+    assert LENGTHS[prompt, best].tolist() == [400, 500, 200] and 0.013636 < alpha < 0.014474
+    assert LENGTHS[prompt, worst].tolist() == [50, 300, 700]
 
 def test_alpha_is_as_good_as_a_dense_scan_and_zero_where_nothing_is_to_be_taken_out():
     rng = np.random.default_rng(0)
     for _ in range(30):
         length = rng.integers(10, 500, (20, 6)).astype(float)
-        reward = 0.01 * length + rng.normal(size=length.shape)
-        valid = rng.random(length.shape) < 0.8
-        valid[:, :2] = True
-        found = abs(dice.length_gap(reward, length, valid, dice.search_alpha(reward, length, valid)))
-        scan = min(abs(dice.length_gap(reward, length, valid, a)) for a in np.arange(0, 0.1, 1e-4))
-        assert found <= scan + 1e-9
-    assert dice.search_alpha(-LENGTHS, LENGTHS, VALID) == 0
-    assert dice.search_alpha(REWARDS, np.full((3, 4), 7.0), VALID) == 0
-    assert (
-        dice.search_alpha(np.zeros((1, 2)), np.array([[9.0, 1.0]]), VALID[:1, :2]) >= 0
-    )  # equal rewards: no hang
+        reward, length = some_missing(rng, 0.01 * length + rng.normal(size=length.shape), length)
+        gap = partial(dice.length_gap, reward, length, dice.choose_pairs)
+        found = abs(gap(dice.search_alpha(reward, length)))
+        assert found <= min(abs(gap(alpha)) for alpha in np.arange(0, 0.1, 1e-4)) + 1e-9
+    assert dice.search_alpha(-LENGTHS, LENGTHS) == 0 == dice.search_alpha(REWARDS, np.full((3, 4), 7.0))
+    assert dice.search_alpha(np.zeros((1, 2)), np.array([[9.0, 1.0]])) >= 0  # equal rewards: no hang
 
+def test_random_rejected_answers_are_any_but_the_best():
+    rng = np.random.default_rng(0)
+    reward, length = some_missing(rng, rng.normal(size=(4000, 4)), rng.uniform(1, 90, (4000, 4)))
+    prompt, best, other = dice.choose_pairs(reward - 0.01 * length, rng.random((4000, 4)))
+    assert (best == dice.choose_pairs(reward - 0.01 * length)[1]).all()
+    assert (best != other).all() and np.isfinite(reward[prompt, other]).all()
+    free = np.isfinite(reward).all(1) & (best == 0)
+    assert np.allclose(np.bincount(other[free], minlength=4)[1:] / free.sum(), 1 / 3, atol=0.08)
+    noise, reward = rng.random((4000, 4)), reward + 0.02 * length
+    choose = partial(dice.choose_pairs, noise=noise)
+    assert dice.length_gap(reward, length, choose, 0) > 5
+    assert abs(dice.length_gap(reward, length, choose, dice.search_alpha(reward, length, choose))) < 0.5
 
-# ------------------------------------------------------------------------------------- pairing and replay
-
-
+# ------------------------------------------------------------------------------------- pairs and replay
 def settings(**changes):
-    return dice.Settings(**{"samples": 4, "min_valid": 0.5, "min_chars": 0, **changes})
-
+    """Settings from flat values, with those of the loss among them."""
+    values = {"samples": 4, "min_valid": 0.5, "min_chars": 0, "device": "cpu", "dtype": "float32", **changes}
+    loss = dice.LOSSES[values.get("loss", "dpo")]
+    s = options.build(dice.Settings, loss.defaults | values)
+    s.loss_options = dice.LOSSES.options_of(s.loss, {k: v for k, v in values.items() if k in loss.options})
+    return s
 
 def answers(prompt, *rows):
     """Samples of one prompt from (text, reward) or (text, reward, finish)."""
-    return [
-        dice.Sample(prompt, [5], text, k, *(finish or ["stop"]), logprob=0.0, previous=0.0, reward=reward)
-        for k, (text, reward, *finish) in enumerate(rows)
-    ]
+    return [dice.Sample(prompt, [5], text, k, *(finish or ["stop"]), logprob=0, prev_logprob=0, reward=reward)
+            for k, (text, reward, *finish) in enumerate(rows)]
 
+def pairs_of(samples, **changes):
+    """(alpha, (chosen, rejected) texts of the pairs, lost prompts) of make_pairs."""
+    alpha, pairs, lost = dice.make_pairs(samples, settings(**changes), np.random.default_rng(0))
+    assert all(p.source == "generated" for p in pairs)
+    return alpha, [(p.chosen.text, p.rejected.text) for p in pairs], lost
 
 def test_pairs_are_best_against_worst_of_the_valid_and_different_answers():
-    a, b, c, d = (dice.Prompt(name, [5]) for name in "abcd")
-    samples = (
-        answers(a, ("one", 1.0), ("two", 5.0), ("six", -3.0), ("cut", 9.0, "length"))
-        + answers(b, ("same", 1.0), ("same", 2.0), ("same", 3.0), ("same", 4.0))  # one text: no pair
-        + answers(c, ("uno", 2.0), ("due", 2.0), ("tre", 2.0), ("sei", 2.0))  # equal rewards: no pair
-        + answers(d, ("x", 1.0), ("cut", 2.0, "length"), ("cut", 3.0, "length"), ("cut", 4.0, "length"))
-    )
-    alpha, pairs = dice.shape_and_pair(samples, settings())
-    assert alpha == 0 and [(p.chosen.text, p.rejected.text) for p in pairs] == [("two", "six")]
-    assert pairs[0].source == "generated" and samples[0].shaped == 1.0
-    with pytest.raises(InputError, match="no prompt has"):
-        dice.shape_and_pair(answers(d, *[("cut", 1.0, "length")] * 4), settings())
-    with pytest.raises(InputError, match="no prompt has"):
-        dice.shape_and_pair(
-            answers(a, ("one", 1.0), ("four", 2.0), ("one", 3.0), ("four", 4.0)), settings(max_chars=4)
-        )
+    (a, b, c, d, e), cut = (dice.Prompt(name, [5]) for name in "abcde"), ("cut", 9.0, "length")
+    samples = answers(a, ("one", 1.0), ("two", 5.0), ("six", -3.0), cut)
+    samples += answers(b, ("same", 1.0), ("same", 2.0), ("same", 3.0), ("same", 4.0))  # one text
+    samples += answers(c, ("uno", 2.0), ("due", 2.0), ("tre", 2.0), ("sei", 2.0))  # equal rewards
+    samples += answers(d, ("x", 1.0), cut, cut, cut) + answers(e, ("y", 1.0), ("", 2.0), ("", 3.0))
+    assert pairs_of(samples) == (0, [("two", "six")], {"all equal": 2, "cut": 1, "too few valid": 1})
+    assert samples[0].shaped == 1.0
+    for group, changes in ((answers(d, cut, cut, cut, cut), {}),
+                           (answers(a, ("one", 1.0), ("four", 2.0), ("one", 3.0)), {"max_chars": 4})):
+        with pytest.raises(InputError, match="no prompt has"):
+            pairs_of(group, **changes)
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reward_that_is_no_number_never_gets_into_a_pair(value):
+    prompt, other = dice.Prompt("a", [5]), dice.Prompt("b", [5])
+    group = answers(prompt, ("one", value), ("two", 1.0), ("six", -1.0), ("ten", value))
+    alpha, pairs, _ = pairs_of(group + answers(other, ("one", value), ("two", 1.0)))
+    assert math.isfinite(alpha) and pairs == [("two", "six")]
 
-def test_shaping_takes_the_length_bias_out():
+def test_shaping_takes_the_length_bias_out_in_either_unit_and_alpha_may_be_a_multiple_of_alpha_star():
     rng, samples = np.random.default_rng(0), []
     for i in range(100):
-        lengths = rng.integers(5, 200, 4)
-        samples += answers(
-            dice.Prompt(str(i), [5]),
-            *((f"{k}" * n, 0.05 * n + rng.normal()) for k, n in enumerate(lengths)),
-        )
-    gap = {
-        alpha: np.mean(
-            [
-                len(p.chosen.text) - len(p.rejected.text)
-                for p in dice.shape_and_pair(samples, settings(alpha=alpha))[1]
-            ]
-        )
-        for alpha in ("0", "auto")
-    }
-    assert gap["0"] > 80 and abs(gap["auto"]) < 3
+        prompt = dice.Prompt(str(i), [5])
+        for k, n in enumerate(rng.integers(5, 90, 4)):  # a token has k + 1 characters: the two units disagree
+            reward = 0.05 * n + rng.normal()
+            samples.append(dice.Sample(prompt, [5] * n, f"{k}" * n * (k + 1), k, reward=reward))
+    def gap(unit, **changes):
+        """How much longer the chosen answers are, in a unit that may be another than that of the shaping."""
+        _, pairs, _ = pairs_of(samples, **changes)
+        size = len if unit == "chars" else lambda text: len(text) // (int(text[0]) + 1)
+        return np.mean([size(chosen) - size(rejected) for chosen, rejected in pairs])
+    assert gap("chars", alpha="0") > 40 and abs(gap("chars")) < 3
+    assert abs(gap("tokens", length_unit="tokens")) < 2 and abs(gap("chars", length_unit="tokens")) > 5
+    alpha = pairs_of(samples, length_unit="tokens")[0]
+    assert samples[0].shaped == pytest.approx(samples[0].reward - alpha * len(samples[0].tokens))
+    assert pairs_of(samples, length_unit="tokens", alpha="2x")[0] == pytest.approx(2 * alpha)
+    assert pairs_of(samples, alpha="0.25")[0] == 0.25
 
-
-def pair_on(key, source):
-    prompt = dice.Prompt(key, [5])
-    return dice.Pair(*(dice.Sample(prompt, [5], text) for text in ("good", "bad")), source)
-
+def mixture(generated, offline, gamma, seed=0):
+    """The mixed pairs on these prompts, as two lists of prompts: (generated, replayed)."""
+    sides = {"generated": [], "replayed": []}
+    for source, keys in (("generated", generated), ("replayed", offline)):
+        for key in keys:
+            x = dice.Sample(dice.Prompt(str(key), [5]), [5], "")
+            sides[source].append(dice.Pair(x, x, source))
+    pairs = dice.mix_replay(*sides.values(), gamma, np.random.default_rng(seed))
+    new, old = ([p.prompt.key for p in pairs if p.source == source] for source in sides)
+    assert not {*new} & {*old}
+    return new, old
 
 @pytest.mark.parametrize("gamma", [0, 0.1, 0.25, 0.3, 0.5, 0.7, 0.75, 0.9, 1])
 @pytest.mark.parametrize("overlap", [0, 30, 100])
-def test_the_mixture_has_the_ratio_asked_for_and_no_prompt_twice(gamma, overlap):
-    generated = [pair_on(f"p{i}", "generated") for i in range(100)]
-    offline = [pair_on(f"p{i}", "replayed") for i in range(100 - overlap, 200 - overlap)]
-    mixture = dice.ReplayBuffer(offline).mix(generated, gamma, np.random.default_rng(0))
-    old = sum(p.source == "replayed" for p in mixture)
-    assert abs(old - gamma * len(mixture)) <= 0.5
-    keys = [p.prompt.key for p in mixture]
-    assert len(set(keys)) == len(keys)
+def test_the_mixture_has_the_share_asked_for_and_no_prompt_twice(gamma, overlap):
+    offline = range(100 - overlap, 200 - overlap)
+    new, old = mixture(range(100), offline, gamma)
+    total = len(new) + len(old)
+    assert abs(len(old) - gamma * total) <= 0.5 and len({*new, *old}) == total
     most = min(100 / max(gamma, 1e-9), 100 / max(1 - gamma, 1e-9), 200 - overlap)
-    assert len(mixture) >= most - 1 / max(min(gamma, 1 - gamma), 0.1)
-    again = dice.ReplayBuffer(offline).mix(generated, gamma, np.random.default_rng(0))
-    other = dice.ReplayBuffer(offline).mix(generated, gamma, np.random.default_rng(1))
-    assert [p.prompt.key for p in again] == keys != [p.prompt.key for p in other]
+    assert total >= most - 1 / max(min(gamma, 1 - gamma), 0.1)
+    assert mixture(range(100), offline, gamma) == (new, old) != mixture(range(100), offline, gamma, seed=1)
 
+@pytest.mark.parametrize("generated, offline, gamma, sizes", [
+    (range(1000), range(1000), 0.7, (300, 700)),  # the same prompts; int() would lose a row
+    (range(5), range(100, 200), 0.5, (5, 5)),
+    (range(5), range(100, 200), 0.01, (5, 0)),  # not even one in a hundred
+    ([0], [1, 2, 3], 0.9, (0, 3)),  # too few offline pairs to go with even one
+    # Two generated pairs of a prompt shut out its two offline pairs once: 1536 are left, all that 512 need.
+    pytest.param([*range(256)] * 2, [*range(256), *range(1792)], 0.75, (512, 1536), id="counted once")])
+def test_the_mixture_is_as_large_as_its_share_allows_and_never_empty(generated, offline, gamma, sizes):
+    assert tuple(map(len, mixture(generated, offline, gamma))) == sizes
 
-def test_mixture_sizes():
-    same_prompts = list(range(10_000, -1, -1))
-    assert dice.mixture_sizes(same_prompts, 0.7) == (3000, 7000)  # int() would lose one row
-    assert dice.mixture_sizes(same_prompts, 0.5) == (5000, 5000)
-    assert dice.mixture_sizes([100] * 6, 0.5) == (5, 5)
-    assert dice.mixture_sizes([2] * 101, 0.25) == (6, 2)
-    assert dice.mixture_sizes([100] * 6, 0.01) == (5, 0)  # not even one in a hundred
-    for gamma, generated, offline in ((0.5, 3, 0), (0.5, 0, 3), (1, 3, 0), (0, 0, 3)):
-        with pytest.raises(InputError, match="--gamma"):
-            dice.ReplayBuffer([pair_on(f"o{i}", "replayed") for i in range(offline)]).mix(
-                [pair_on(f"g{i}", "generated") for i in range(generated)], gamma, np.random.default_rng(0)
-            )
-
+@pytest.mark.parametrize("gamma, generated, offline", [(0.5, 3, 0), (0.5, 0, 3), (1, 3, 0), (0, 0, 3)])
+def test_a_mixture_without_one_of_its_sides_is_refused(gamma, generated, offline):
+    with pytest.raises(InputError, match="--gamma"):
+        mixture(range(generated), range(offline), gamma)
 
 # ------------------------------------------------------------------------------------- training
-
-
-class Bench:
-    """As much of a Run as training needs."""
-
-    def __init__(self, **changes):
-        self.settings, self.rows = settings(lr=1e-3, warmup=0, dtype="float32", **changes), []
-        self.train_budget = dice.Budget(self.settings.train_tokens, "training")
-        self.score_budget = dice.Budget(self.settings.score_tokens, "scoring")
-
-    def log(self, row):
-        self.rows.append(row)
-
-    def log_speed(self, *_, **__):
-        pass
-
-    def resume_training(self, *_):
-        return 0
-
-    save_training = save_culprits = log_speed
-
+class Bench(runs.Run):
+    """A run without data and without its lock: load() gives one network, whatever is asked for."""
+    def __init__(self, directory, net=None, **changes):
+        super().__init__(settings(out=str(directory), **{"lr": 1e-3, "warmup": 0, **changes}), {})
+        self.net, self.metrics, self.logged, self.stage_name = net or network(LLAMA), [], set(), "dpo"
+    def load(self, source, train=False):
+        return self.net
 
 def random_pairs(net, count, seed=0):
+    """Offline pairs whose samples know their log-prob under the network."""
     rng, pairs = np.random.default_rng(seed), []
     for i in range(count):
         prompt = dice.Prompt(str(i), random_ids(rng, int(rng.integers(1, 10)))[0])
-        pairs.append(
-            dice.Pair(
-                *(
-                    dice.Sample(prompt, random_ids(rng, int(rng.integers(1, 30)))[0] + [2], "")
-                    for _ in range(2)
-                ),
-                "replayed",
-            )
-        )
-    samples = [x for p in pairs for x in (p.chosen, p.rejected)]
-    for x, value in zip(samples, dice.score(net, samples, dice.Budget(500, "scoring"))):
-        x.logprob = value
+        tokens = [random_ids(rng, int(rng.integers(1, 30)))[0] + [2] for _ in range(2)]
+        pairs.append(dice.Pair(*(dice.Sample(prompt, ids, "") for ids in tokens), "replayed"))
+    samples = dice.answers_of(pairs)
+    for x, logprob in zip(samples, scores(net, samples)):
+        x.logprob = logprob
     return pairs
 
-
-def train_dpo(run, net, pairs, lr, steps):
+def train_dpo(run, pairs, steps, lr=1e-3, loss_fn=dice.preference_loss, **more):
+    """Train by the loss of the run; the new weights as one vector."""
     s = run.settings
-    losses = dice.preference_losses
-    dice.train(run, "dpo", net, losses, pairs, lr=lr, steps=steps, epochs=s.epochs, batch=s.batch)
+    new = dice.train(run, s, "", pairs, loss_fn, lr=lr, steps=steps, epochs=s.epochs, batch=s.batch, **more)
+    return torch.cat([weight.flatten() for _, weight in new])
 
-
-def test_micro_batches_change_nothing_and_dpo_learns_the_pairs():
+def test_micro_batches_change_nothing_and_dpo_learns_the_pairs(tmp_path):
     weights = []
-    for train_tokens in (10**6, 100, 1):
-        net, run = network(LLAMA), Bench(batch=6, epochs=3, train_tokens=train_tokens)
-        train_dpo(run, net, random_pairs(net, 20), lr=1e-3, steps=9)
-        weights.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
-        assert run.rows[0]["loss"] == pytest.approx(
-            math.log(2), abs=1e-5
-        )  # policy and reference are the same
-        assert run.rows[0]["accuracy"] < 1 and len(run.rows) == 9
-        assert run.rows[-1]["loss"] < 0.6 and run.rows[-1]["margin"] > 0.1
-    torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(weights[0], weights[2], atol=1e-4, rtol=0)
+    for tokens in (10**6, 100, 1):
+        run = Bench(tmp_path / str(tokens), batch=6, epochs=3, train_tokens=tokens)
+        weights.append(train_dpo(run, random_pairs(run.net, 20), steps=9))
+        first, last = run.metrics[0], run.metrics[-1]
+        assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)  # policy and reference are the same
+        assert first["accuracy"] < 1 and len(run.metrics) == 9 and last["loss"] < 0.6 and last["margin"] > 0.1
+    same(torch.stack(weights[1:]), weights[0].expand(2, -1), atol=1e-4, rtol=0)
 
-
-def test_the_logged_step_is_the_mean_over_its_pairs():
-    net, run = network(LLAMA), Bench(batch=7, train_tokens=100)
-    pairs = random_pairs(net, 7)
+def test_the_logged_step_is_the_mean_over_its_pairs(tmp_path):
+    run = Bench(tmp_path, batch=7, train_tokens=100)
+    pairs = random_pairs(run.net, 7)
     for p in pairs:
         p.chosen.logprob -= 3  # as if the policy had moved by 3 nats since
-    train_dpo(run, net, pairs, lr=1e-3, steps=1)
-    row = run.rows[0]
+    train_dpo(run, pairs, steps=1)
+    [row] = rows_of(tmp_path / "metrics.jsonl")
     assert row["margin"] == pytest.approx(0.3, abs=1e-4) and row["accuracy"] == 1
     assert row["loss"] == pytest.approx(math.log(1 + math.exp(-0.3)), abs=1e-4)
     assert row["chosen_tokens"] == pytest.approx(np.mean([len(p.chosen.tokens) for p in pairs]))
     assert row["rejected_logprob"] == pytest.approx(np.mean([p.rejected.logprob for p in pairs]), abs=1e-3)
 
+@pytest.mark.parametrize("cosine", [False, True])
+def test_warm_up_is_linear_then_constant_or_a_cosine(cosine, tmp_path):
+    run = Bench(tmp_path, batch=2, epochs=10, warmup=4)
+    train_dpo(run, random_pairs(run.net, 2), steps=7, cosine=cosine)
+    factor = (1 + np.cos(np.pi * np.arange(7) / 7)) / 2 if cosine else 1
+    expected = np.array([1, 2, 3, 4, 4, 4, 4]) / 4000 * factor
+    assert [row["lr"] for row in run.metrics] == pytest.approx(expected)
 
-def test_warm_up_is_linear_then_constant():
-    net, run = network(LLAMA), Bench(batch=2, epochs=10)
-    run.settings.warmup = 4
-    train_dpo(run, net, random_pairs(net, 2), lr=1e-3, steps=7)
-    assert [row["lr"] for row in run.rows] == pytest.approx(
-        [0.25e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3, 1e-3, 1e-3]
-    )
-
-
-def test_a_non_finite_loss_stops_before_the_step():
-    net, run = network(LLAMA), Bench(batch=4)
-    pairs = random_pairs(net, 8)
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_leaves_its_batch(tmp_path):
+    run = Bench(tmp_path, batch=8)
+    pairs, before = random_pairs(run.net, 8), [p.detach().clone() for p in run.net.parameters()]
+    known = {tuple(x.tokens): x.logprob for x in dice.answers_of(pairs)}
     pairs[5].rejected.logprob = math.nan
-    before = [p.detach().clone() for p in net.parameters()]
-    with pytest.raises(InputError, match="dpo, step .*loss nan"):
-        run.settings.batch = 8
-        train_dpo(run, net, pairs, lr=1e-3, steps=2)
-    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
-
+    with pytest.raises(InputError, match="dpo, step 1: loss nan.*dpo-not-finite.jsonl"):
+        train_dpo(run, pairs, steps=2)
+    same(before, list(run.net.parameters()), atol=0, rtol=0)
+    rows = rows_of(tmp_path / "dpo-not-finite.jsonl")
+    assert len(rows) == 16 and rows[0].keys() == {"prompt", "text", "tokens", "ref_logprob", "logprob"}
+    for row in rows:
+        logprob, is_spoiled = known[tuple(row["tokens"])], row["tokens"] == pairs[5].rejected.tokens
+        assert row["ref_logprob"] == (None if is_spoiled else logprob)
+        assert row["logprob"] == pytest.approx(logprob, abs=1e-4)
 
 # ------------------------------------------------------------------------------------- whole runs
-
-
 @pytest.fixture
 def small_world(monkeypatch):
-    for name, value in (("SFT_EXAMPLES", 2000), ("PREFERENCES", 40), ("HELD_OUT", 6), ("DICE_PROMPTS", 10)):
+    for name, value in (("SFT_EXAMPLES", 500), ("PREFERENCES", 40), ("HELD_OUT", 3), ("DICE_PROMPTS", 10)):
         monkeypatch.setattr(tiny, name, value)
-    return [
-        "--sft-steps",
-        "120",
-        "--sft-lr",
-        "0.01",
-        "--dpo-steps",
-        "2",
-        "--steps",
-        "2",
-        "--samples",
-        "4",
-        "--batch",
-        "4",
-        "--seed",
-        "3",
-    ]
+    return ("--sft-steps 40 --sft-batch 16 --sft-lr 0.01 --dpo-steps 2 --steps 2 --samples 4 --batch 4 "
+            "--seed 3 --max-new-tokens 40").split()
 
+def check_logprobs(directory, rows, key):
+    """What rows of samples.jsonl hold is what one pass of the model in this directory gives."""
+    ids = [models.read_tokenizer(directory).prompt(row["prompt"]) for row in rows]
+    found = dice.sequence_logprobs(dice.load_model(directory, "cpu"), ids, [row["tokens"] for row in rows])
+    same(found, torch.tensor([row[key] for row in rows]), atol=1e-3, rtol=0)
 
-def rows_of(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def test_a_whole_tiny_run_leaves_everything_it_promises_and_repeats_to_the_byte(
-    small_world, tmp_path, capsys
-):
-    run = tmp_path / "a"
+def test_a_whole_tiny_run_leaves_what_it_promises_and_repeats_to_the_byte(small_world, tmp_path, capsys):
+    run, again = tmp_path / "a", tmp_path / "b"
     assert dice.main([*small_world, "--out", str(run)]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in ("length-controlled", "sft", "dpo", "round-2", "Tell me the"))
-    for name in (
-        "settings.json",
-        "metrics.jsonl",
-        "report.md",
-        "sft",
-        "dpo",
-        "round-1/policy",
-        "round-2/policy",
-        "round-1/samples.jsonl",
-        "round-2/pairs.jsonl",
-        "evaluation/round-2.jsonl",
-    ):
+    for name in ("settings.json", "report.md", "round-2/pairs.jsonl", "evaluation/round-2.jsonl", *(
+            f"{stage}/{name}" for stage in ("sft", "dpo", "round-1/policy", "round-2/policy")
+            for name in ("config.json", "model.safetensors", "tokenizer.json"))):
         assert (run / name).exists(), name
-    for name in ("sft", "dpo", "round-1/policy", "round-2/policy"):
-        assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-            p.name for p in (run / name).iterdir()
-        }
     samples, pairs = rows_of(run / "round-1/samples.jsonl"), rows_of(run / "round-1/pairs.jsonl")
-    assert len(samples) == 10 * 4 and {
-        "tokens",
-        "text",
-        "finish",
-        "policy_logprob",
-        "reference_logprob",
-    } <= set(samples[0])
+    assert len(samples) == 10 * 4 and list(samples[0]) == [
+        "prompt", "sample", "tokens", "text", "finish", "logprob", "prev_logprob", "reward", "shaped_reward"]
     for row in samples:
-        assert row["reward"] == pytest.approx(row["policy_logprob"] - row["reference_logprob"])
+        assert row["reward"] == pytest.approx(row["logprob"] - row["prev_logprob"])
+    check_logprobs(run / "dpo", samples, "logprob")
+    check_logprobs(run / "sft", samples, "prev_logprob")
     assert {row["source"] for row in pairs} == {"generated", "replayed"}
-    assert len({json.dumps(row["prompt"]) for row in pairs}) >= len(pairs) // 2
-    # The stored log-probs are those of a scoring pass over the sampled tokens.
-    net, tokenizer = dice.load_model(run / "dpo", "cpu"), models.read_tokenizer(run / "dpo")
-    logprobs = dice.sequence_logprobs(
-        net, [tokenizer.prompt(r["prompt"]) for r in samples], [r["tokens"] for r in samples]
-    )
-    torch.testing.assert_close(
-        logprobs, torch.tensor([r["policy_logprob"] for r in samples]), atol=1e-3, rtol=0
-    )
-
-    again = tmp_path / "b"
-    assert dice.main([*small_world, "--out", str(again)]) == 0
-    for name in ("round-2/samples.jsonl", "round-2/pairs.jsonl", "round-2/policy/model.safetensors"):
+    assert dice.main([*small_world, "--rounds", "1", "--out", str(again)]) == 0
+    for name in ("round-1/samples.jsonl", "round-1/pairs.jsonl", "round-1/policy/model.safetensors"):
         assert (run / name).read_bytes() == (again / name).read_bytes(), name
-
 
 @needs_real
 def test_a_run_on_real_weights_and_real_text(tmp_path, capsys):
-    lines = (REAL / "preferences.jsonl").read_text().splitlines()
-    few = tmp_path / "few.jsonl"
-    few.write_text("\n".join(lines[:60]) + "\n")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(
-        "".join(json.dumps({"instruction": text}) + "\n" for text in ("Tell me a story.", "Who is Tim?"))
-    )
-    assert (
-        dice.main(
-            [
-                "--model",
-                str(REAL / "stories260k"),
-                "--preferences",
-                str(few),
-                "--prompts",
-                str(prompts),
-                "--out",
-                str(tmp_path / "run"),
-                "--rounds",
-                "1",
-                "--samples",
-                "4",
-                "--min-valid",
-                "0",
-                "--dpo-steps",
-                "2",
-                "--steps",
-                "2",
-                "--batch",
-                "4",
-                "--lr",
-                "1e-4",
-            ]
-        )
-        == 0
-    )
+    few, prompts, out = tmp_path / "few.jsonl", tmp_path / "prompts.jsonl", tmp_path / "run"
+    files.write_rows(few, rows_of(REAL / "preferences.jsonl")[:60])
+    files.write_rows(prompts, [{"instruction": text} for text in ("Tell me a story.", "Who is Tim?")])
+    argv = "--rounds 1 --samples 4 --min-valid 0 --dpo-steps 2 --steps 2 --batch 4 --lr 1e-4".split()
+    argv += ["--model", REAL / "stories260k", "--preferences", few, "--prompts", prompts, "--out", out]
+    assert dice.main(list(map(str, argv))) == 0 and (out / "round-1/policy/model.safetensors").exists()
     told = capsys.readouterr()
     assert "of 60 offline pairs are used" in told.err and "round-1" in told.out
-    assert (tmp_path / "run/round-1/policy/model.safetensors").exists()
-    for row in rows_of(tmp_path / "run/round-1/samples.jsonl"):
+    for row in rows_of(out / "round-1/samples.jsonl"):
         assert math.isfinite(row["reward"]) and row["tokens"]
 
-
-# ------------------------------------------------------------------------------------- bad input
-
-
+# ------------------------------------------------------------------------------------- what a run refuses
 @pytest.fixture
 def checkpoint(tmp_path):
-    """A random tiny checkpoint."""
-    config, tokenizer = dice.tiny_model()
+    config, tokenizer = models.tiny_model()
     models.write_checkpoint(tmp_path / "model", config, dice.new_model(config, 0).state_dict(), tokenizer)
     return tmp_path / "model"
 
+GOOD = {"prompt": "Hello", "chosen": "Good day.", "rejected": "Go."}
 
-GOOD = '{"prompt": "Hello", "chosen": "Good day.", "rejected": "Go."}\n'
-
+def parsed(*argv):
+    return options.parse(dice.Settings, "", dice.LOSSES, list(map(str, argv)))[0]
 
 def refused(capsys, tmp_path, *argv):
     """Runs the program; its one line on stderr, after checking that nothing was written."""
@@ -860,96 +575,248 @@ def refused(capsys, tmp_path, *argv):
     [line] = capsys.readouterr().err.splitlines()
     return line
 
-
-@pytest.mark.parametrize(
-    "text, told",
-    [
-        ("", "no rows"),
-        ("{broken\n", "line 1: not valid JSON"),
-        (GOOD + '{"prompt": "x"}\n', 'line 2: has no "chosen"'),
-        (GOOD + "[1]\n", "line 2: not a JSON object"),
-        ('{"chosen": "a", "rejected": "b"}\n', 'line 1: has no "prompt"'),
-        ('{"prompt": "a", "output": ["b"]}\n', "line 1"),
-        ('{"prompt": [], "chosen": "a", "rejected": "b"}\n', "line 1"),
-        (
-            '{"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"}\n',
-            "line 1: an answer must",
-        ),
-    ],
-)
-def test_broken_preferences_are_refused_by_line(text, told, checkpoint, tmp_path, capsys):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(text)
-    line = refused(capsys, tmp_path, "--model", checkpoint, "--preferences", path)
-    assert told in line and "pairs.jsonl" in line
-
-
-@pytest.mark.parametrize(
-    "argv, told",
-    [
-        (["--gamma", "1.5"], "--gamma 1.5"),
-        (["--beta", "0"], "--beta 0"),
-        (["--alpha", "much"], "--alpha much"),
-        (["--samples", "1"], "--samples 1"),
-        (["--beta", "nan"], "--beta nan"),
-        (["--top-p", "0"], "--top-p 0"),
-        (["--model", "nowhere"], "nowhere"),
-        (["--reference", "nowhere"], "--reference"),
-        (["--dtype", "int8"], "--dtype int8"),
-        (["--prompts", "nowhere.jsonl"], "nowhere.jsonl"),
-    ],
-)
+@pytest.mark.parametrize("argv, told", [
+    ("--gamma 1.5", ""), ("--beta 0", ""), ("--beta nan", ""), ("--alpha much", ""), ("--alpha x", ""),
+    ("--samples 1", ""), ("--top-p 0", ""), ("--dtype int8", ""), ("--prompts nowhere.json", "nowhere.json"),
+    ("--model nowhere --preferences DATA", "nowhere: not a model directory"),
+    ("--reference nowhere", "--reference nowhere: give its --model"),
+    ("--loss nobody", "--loss nobody: choose one of dpo, cdpo"),
+    ("--label-smoothing 0.2", "0.2: --loss dpo does not read it; it belongs to --loss cdpo"),
+    ("--loss tdpo1 --kl-weight 1", "1.0: --loss tdpo1 does not read it; it belongs to --loss tdpo2"),
+    ("--loss cdpo --label-smoothing 0.6", "--label-smoothing 0.6: must be at least 0 and at most 0.5"),
+    ("--reward nobody", "nobody: not a model directory"), ("--rejected best", "choose one of worst, random"),
+    ("--dpo-steps 0", "--dpo-steps 0: the implicit reward needs"),
+    ("--weights dummy", "--weights dummy: stands in for a --model NAME"),
+    ("--reward gold --reward-reference first", "--reward-reference first")])
 def test_bad_settings_are_refused(argv, told, tmp_path, capsys):
-    assert told in refused(capsys, tmp_path, *argv)
-
+    files.write_rows(tmp_path / "DATA", [GOOD])
+    assert (told or argv) in refused(capsys, tmp_path, *argv.replace("DATA", str(tmp_path / "DATA")).split())
 
 def test_other_mistakes_are_refused(checkpoint, tmp_path, capsys):
-    good, long = tmp_path / "good.jsonl", tmp_path / "long.jsonl"
-    good.write_text(GOOD)
-    long.write_text(GOOD + json.dumps({"prompt": "x " * 500}) + "\n")
-    told = refused(capsys, tmp_path, "--model", checkpoint, "--preferences", good, "--prompts", long)
+    good, long, say = tmp_path / "good.jsonl", tmp_path / "long.jsonl", partial(refused, capsys, tmp_path)
+    files.write_rows(good, [GOOD])
+    files.write_rows(long, [GOOD, {"prompt": "x " * 500}])
+    model, pairs, reference = ["--model", checkpoint], ["--preferences", good], ["--reference", checkpoint]
+    told = say(*model, *pairs, "--prompts", long)
     assert "long.jsonl line 2" in told and "context of 128" in told
-    assert "nothing to sample for" in refused(capsys, tmp_path, "--model", checkpoint)
-    assert "--reference" in refused(capsys, tmp_path, "--model", checkpoint, "--prompts", good)
-    sft = ["--model", checkpoint, "--prompts", good, "--sft-steps", "10"]
-    assert "--sft-steps 10: needs answers" in refused(capsys, tmp_path, *sft)
-    told = refused(capsys, tmp_path, *sft, "--preferences", good, "--reference", checkpoint)
-    assert "--sft-steps 10: a policy with a --reference" in told
-    (tmp_path / "empty").mkdir()
-    assert "config.json" in refused(capsys, tmp_path, "--model", tmp_path / "empty", "--preferences", good)
-    weights = checkpoint / "model.safetensors"
-    data = weights.read_bytes()
-    weights.write_bytes(data[: len(data) // 2])
-    assert (
-        dice.main(["--model", str(checkpoint), "--preferences", str(good), "--out", str(tmp_path / "o")])
-        == 2
-    )
-    assert "model.safetensors" in capsys.readouterr().err
-    weights.write_bytes(data)
+    assert 'long.jsonl line 2: has no "chosen"' in say(*model, "--preferences", long)
+    assert "nothing to sample for" in say(*model) and "--reference" in say(*model, "--prompts", good)
+    assert "--gamma 0.5: there are no offline pairs to replay" in say(*model, *reference, "--prompts", good)
+    sft = [*model, "--prompts", good, "--sft-steps", "10"]
+    assert "--sft-steps 10: needs answers" in say(*sft)
+    assert "--sft-steps 10: a policy with a --reference" in say(*sft, *pairs, *reference)
+    small = replace(models.tiny_model()[0], vocab_size=90)
+    shape = dice.new_model(small, 0).state_dict()
+    models.write_checkpoint(tmp_path / "other", small, shape, models.tiny_model()[1])
+    assert "other: has fewer embeddings" in say(*model, *pairs, "--reference", tmp_path / "other")
+    data, ran = (checkpoint / "model.safetensors").read_bytes(), tmp_path / "ran"
+    (checkpoint / "model.safetensors").write_bytes(data[:len(data) // 2])
+    assert "model.safetensors" in say(*model, *pairs)
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % bytes(ran))
+    assert "pytorch_model.bin is a pickle" in say(*model, *pairs) and not ran.exists()
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("keep")
-    assert "holds files already" in refused(capsys, tmp_path, "--model", checkpoint, "--preferences", good)
+    (checkpoint / "model.safetensors").write_bytes(data)
+    assert "holds files already" in say(*model, *pairs)
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
 
+# ------------------------------------------------------------------------------------- odd texts and rewards
+@pytest.fixture
+def world(checkpoint, tmp_path, monkeypatch, capsys):
+    """Runs the program on prompts and offline pairs, with answers that do not depend on the tiny model."""
+    def run(prompts, pairs, says, *argv):
+        """(exit code, what it printed, --out); says(prompt's index, number) -> a text, or (text, finish)"""
+        tokenizer = models.read_tokenizer(checkpoint)
+        index = {tuple(tokenizer.prompt(text)): i for i, text in enumerate(prompts)}
+        def generate(model, ids, count, sampling, **_):
+            for i, prompt in enumerate(ids):
+                for k in range(count):
+                    said = says(index.get(tuple(prompt), 0), k)
+                    text, finish = (said, "stop") if isinstance(said, str) else said
+                    yield i, k, tokenizer.answer(text), finish
+        monkeypatch.setattr(dice, "generate", generate)
+        monkeypatch.setattr(report, "curves", lambda *_: None)  # half a second each
+        files.write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in prompts])
+        files.write_rows(tmp_path / "pairs.jsonl", [dict(zip(GOOD, pair)) for pair in pairs])
+        paths = ["--model", checkpoint, "--prompts", tmp_path / "prompts.jsonl", "--preferences",
+                 tmp_path / "pairs.jsonl", "--out", tmp_path / "out"]
+        few = "--rounds 1 --samples 3 --steps 2 --dpo-steps 1 --dpo-lr 1e-3 --batch 4 --held-out 0".split()
+        return dice.main([*map(str, paths), *few, *argv]), capsys.readouterr(), tmp_path / "out"
+    return run
 
-def test_a_reference_with_another_vocabulary_is_refused(checkpoint, tmp_path, capsys):
-    _, tokenizer = dice.tiny_model()
-    models.write_checkpoint(tmp_path / "other", LLAMA, dice.new_model(LLAMA, 0).state_dict(), tokenizer)
-    (tmp_path / "good.jsonl").write_text(GOOD)
-    told = refused(
-        capsys,
-        tmp_path,
-        "--model",
-        checkpoint,
-        "--reference",
-        tmp_path / "other",
-        "--preferences",
-        tmp_path / "good.jsonl",
-    )
-    assert "other: has fewer embeddings" in told
+def mixed(out, source):
+    """(prompt, chosen, rejected) of the pairs of round 1 from one source."""
+    rows = rows_of(out / "round-1" / "pairs.jsonl")
+    return [(row["prompt"], row["chosen"], row["rejected"]) for row in rows if row["source"] == source]
 
+ODD = [
+    ("What is \ud800 and \udfff?", "A half \ud83d of a pair.", "\udc00\ud800 none"),
+    ("What is \x00?", "A \x00 byte.", "\x00\x01\x02\x7f"),
+    ("مرحبا \u202eabc\u202c שלום", "שלום, \u202eתודה", "لا \u200f\u200e"),
+    ("e\u0301 is not \u00e9", "a\u0308\u0323" * 5, "\u0301\u0301\u0301\u0301"),
+    ("👩‍👩‍👧‍👦?", "🏳️‍🌈 and 🇩🇪", "\U0010ffff\u0378\ufeff\ufffe"),
+    ("<|endoftext|>", "<|endoftext|></s><|im_end|>", "{{ 7 * 7 }}\n\nUser:"),
+    ("a\r\nb\u2028c\u2029d\x85e\x0bf", "one\r\ntwo\rthree\u2028", "\n\n\n\n")]
+OFFLINE = [(f"Offline {i}", "Yes, of course.", "No.") for i in range(4)]
 
-def test_the_settings_of_a_model_stand_between_the_class_and_the_command_line(monkeypatch):
-    monkeypatch.setitem(models.SETTINGS, "tiny", {"beta": 0.3, "lr": 1e-3})
-    parsed, _ = dice.parse_settings(["--lr", "0.5"])
-    assert (parsed.beta, parsed.lr, parsed.gamma, parsed.out) == (0.3, 0.5, 0.5, "out/tiny")
+def without_halves(text):
+    """Half a surrogate pair is no character: the model says U+FFFD."""
+    return "".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in text)
+
+def test_odd_text_goes_through_a_run_and_comes_out_as_it_went_in(world):
+    prompts, said = [prompt for prompt, *_ in ODD], [said for _, *said in ODD]
+    pairs = [(f"Offline: {prompt}", chosen, rejected) for prompt, chosen, rejected in ODD]
+    code, _, out = world(prompts, pairs, lambda i, k: [*said[i], f"Third {i}."][k])
+    rows, tokenizer = rows_of(out / "round-1" / "samples.jsonl"), models.tiny_model()[1]
+    assert code == 0 and [row["prompt"] for row in rows[::3]] == prompts
+    assert [row["text"] for row in rows[::3]] == [without_halves(chosen) for chosen, _ in said]
+    old, new = mixed(out, "replayed"), {prompt for prompt, _, _ in mixed(out, "generated")}
+    assert old and {*old} <= {*pairs} and new and new <= {*prompts}
+    for text in sum(ODD, ()):
+        assert tokenizer.decode(tokenizer.encode(text)) == without_halves(text)
+        assert tokenizer.end not in tokenizer.prompt(text) and tokenizer.answer(text)[-1] == tokenizer.end
+
+def test_a_prompt_of_10_mb_is_refused_by_its_line_and_such_a_pair_is_left_out(world):
+    started, letters, combining = time.monotonic(), "a" * 10 * 2**20, "e" + "\u0301" * 5 * 2**20
+    code, told, out = world(["Hello", letters], OFFLINE, lambda i, k: "")
+    assert code == 2 and not out.exists() and len(told.err) < 500
+    assert "prompts.jsonl line 2: the prompt has" in told.err and "context of 128" in told.err
+    code, told, _ = world(["Hello"], [*OFFLINE, ("B", combining, "Other.")], lambda i, k: f"Answer {k}.")
+    assert code == 0 and "4 of 5 offline pairs are used: 1 are longer than 128 tokens" in told.err
+    assert time.monotonic() - started < 40
+
+def test_answers_of_one_token(world, checkpoint):
+    """The end token alone may be an offline answer; sampled, it has too few characters to be used."""
+    pairs = [("A", "", "Some words."), ("B", "Yes", ""), ("C", "y", "n")]
+    says = [["", " ", "Words."], ["", "y", "Longer words."], ["Good.", "Bad one.", ""]]
+    code, _, out = world(["P", "Q", "R"], pairs, lambda i, k: says[i][k], "--min-valid", "0", "--alpha", "0")
+    first, [(prompt, *said)], old = (rows_of(out / "round-1" / "samples.jsonl")[0], mixed(out, "generated"),
+                                     mixed(out, "replayed"))
+    assert code == 0 and first["tokens"] == [models.read_tokenizer(checkpoint).end] and first["text"] == ""
+    assert math.isfinite(first["reward"]) and prompt == "R" and {*said} == {"Good.", "Bad one."}
+    assert old and {*old} <= {*pairs}
+
+def rewarded(monkeypatch, reward):
+    """The reward becomes reward(prompt's text, answer)."""
+    def add_rewards(run, s, label, samples, policy_dir, prev_dir):
+        for x in samples:
+            x.reward = reward(x.prompt.content, x.text)
+    monkeypatch.setattr(dice, "add_rewards", add_rewards)
+
+EQUAL = "the same reward, for each of 2 prompts"
+
+@pytest.mark.parametrize("said, reward, argv, told", [
+    (("", "stop"), 0, "", "no prompt has 1.5 valid answers"),
+    (("long", "length"), 0, "", "(6 of 6 were cut by the length limit, 0 got no reward)"),
+    (("word", "stop"), math.nan, "", "6 got no reward"), (("word", "stop"), 1.5, "", EQUAL),
+    (("word", "stop"), 1.5, "--rejected random", EQUAL), (("word", "stop"), 1.5, "--gamma 0", EQUAL)])
+def test_a_round_without_a_pair_is_one_clear_error(said, reward, argv, told, world, monkeypatch):
+    rewarded(monkeypatch, lambda prompt, text: reward)
+    text, finish = said
+    said = [(text and f"{text} {k}", finish) for k in range(3)]
+    code, printed, out = world(["P", "Q"], OFFLINE, lambda i, k: said[k], *argv.split())
+    last = printed.err.splitlines()[-1]
+    assert code == 2 and last.startswith("dice.py: ") and told in last
+    assert not (out / "round-1" / "policy").exists()
+
+def test_a_nan_of_the_implicit_reward_is_one_clear_error(world, monkeypatch):
+    monkeypatch.setattr(dice, "implicit_reward", lambda logprob, prev_logprob: math.nan)
+    code, told, _ = world(["P\u202e\n"], OFFLINE, lambda i, k: f"word {k}")
+    last = told.err.splitlines()[-1]
+    assert code == 2 and "reward nan" in last and "P\\u202e\\n" in last.replace("\\\\", "\\")
+
+def spoil(directory, name, value):
+    """Fill a tensor of a checkpoint with one value."""
+    weights = load_file(directory / "model.safetensors")
+    weights[name][:] = value
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("broken", ["--model", "--reference"])
+def test_weights_that_are_no_numbers_are_one_clear_error(broken, value, checkpoint, tmp_path, capsys):
+    shutil.copytree(checkpoint, tmp_path / "broken")
+    spoil(tmp_path / "broken", "model.norm.weight", value)
+    files.write_rows(tmp_path / "pairs.jsonl", [GOOD, GOOD | {"prompt": "Hi"}])
+    both = {"--model": checkpoint, "--reference": checkpoint} | {broken: tmp_path / "broken"}
+    argv = [*sum(both.items(), ()), "--preferences", tmp_path / "pairs.jsonl", "--samples", "2",
+            "--max-new-tokens", "8", "--min-valid", "0", "--out", tmp_path / "out"]
+    assert dice.main(list(map(str, argv))) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("dice.py: ")
+
+def test_duplicate_prompts_are_kept_once(checkpoint, tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    hello = ["Hello", turns[1:], [{"content": "Hello", "role": "user", "name": "x"}]]
+    others = ["hello", "Hello ", "e\u0301", "\u00e9", "\ud800", "\udfff"]
+    prompts, pairs = tmp_path / "prompts.jsonl", tmp_path / "pairs.jsonl"
+    rows = [*hello, turns, [dict(reversed(turn.items())) for turn in turns], *others] * 2
+    files.write_rows(prompts, [{"prompt": prompt} for prompt in rows])
+    files.write_rows(pairs, [GOOD, GOOD, GOOD | {"prompt": turns}, GOOD | {"prompt": "Hi"}])
+    base = ["--model", checkpoint, "--preferences", pairs]
+    given, own = dice.Run(parsed(*base, "--prompts", prompts)), dice.Run(parsed(*base))
+    assert [p.content for p in given.prompts] == ["Hello", turns, *others]
+    assert [p.content for p in own.prompts] == ["Hello", turns, "Hi"]
+    assert len(own.offline) == 4  # a pair may be there twice
+
+def test_a_prompt_in_both_sets_is_not_trained_on_twice(world):
+    pairs = [(f"{name}{i}", "Yes, of course.", "No.") for name in ("Both ", "Offline ") for i in range(4)]
+    pairs += [([{"role": "user", "content": "Both 1"}], "Another one.", "Not.")]  # the same prompt
+    code, _, out = world([f"Both {i}" for i in range(4)], pairs, lambda i, k: f"word {k} " * (k + 1))
+    new, old = ([prompt for prompt, _, _ in mixed(out, source)] for source in ("generated", "replayed"))
+    assert code == 0 and new and old and not {*new} & {*old} and len({*new}) == len(new)
+
+def test_a_run_in_bfloat16_leaves_bfloat16_weights_and_finite_rewards(world):
+    code, _, out = world(["P", "Q"], OFFLINE, lambda i, k: f"word {k} " * (k + 1), "--dtype", "bfloat16")
+    weights = load_file(out / "round-1" / "policy" / "model.safetensors")
+    assert code == 0 and {x.dtype for x in weights.values()} == {torch.bfloat16}
+    assert all(math.isfinite(row["reward"]) for row in rows_of(out / "round-1" / "samples.jsonl"))
+
+# ------------------------------------------------------------------------------------- what a round says
+@pytest.mark.parametrize("which, key, other, told", [
+    ("previous", "kl_to_previous", "kl_to_first", "KL of pi_t to pi_{t-1}"),
+    ("first", "kl_to_first", "kl_to_previous", "KL of pi_t to the first model")])
+def test_the_kl_is_named_by_the_model_that_it_is_measured_to(which, key, other, told, world, checkpoint):
+    argv = ["--rounds", "2", "--reward-reference", which, "--lr", "1e-3"]
+    code, printed, out = world(["P", "Q"], OFFLINE, lambda i, k: f"word {k} " * (k + 1), *argv)
+    assert code == 0 and printed.err.count(told) == 2
+    assert key.replace("_", " ") in printed.out and other.replace("_", " ") not in printed.out  # the table
+    rounds = [row for row in rows_of(out / "metrics.jsonl") if "alpha" in row]
+    samples = rows_of(out / "round-2" / "samples.jsonl")
+    check_logprobs(checkpoint if which == "first" else out / "dpo", samples, "prev_logprob")
+    kl = np.mean([row["logprob"] - row["prev_logprob"] for row in samples])
+    assert rounds[1][key] == pytest.approx(kl, abs=1e-9) and abs(kl) > 1e-3
+    assert other not in rounds[0] | rounds[1]
+
+def lossy(i, k):
+    """Answers to 6 prompts: 3 are cut, 1 has too few characters, 1 says one thing, 1 gives a pair."""
+    return ("word " * (k + 1), "length") if i < 3 else ["y", "Always the same.", "word " * (k + 1)][i - 3]
+
+def test_a_round_says_how_many_prompts_gave_a_pair_and_why_the_others_did_not_and_warns_early(world):
+    code, told, out = world([*"PQRSTU"], OFFLINE, lossy, "--chunk", "4")
+    line = "1 of 6 prompts gave a pair (the others: 3 cut, 1 too few valid, 1 all equal)"
+    assert code == 0 and f"round-1: {line}" in told.err.splitlines()
+    assert f"- round-1: {line}" in (out / "report.md").read_text().splitlines()
+    assert "WARNING: only 1 of 6 prompts gave a pair; of 3, answers were cut: raise --max-new" in told.err
+    row = next(row for row in rows_of(out / "metrics.jsonl") if "alpha" in row)
+    keys = ("prompts", "prompts_with_pair", "prompts_cut", "prompts_too_few_valid", "prompts_all_equal")
+    assert [row[key] for key in keys] == [6, 1, 3, 1, 1]
+    warned = "WARNING: 4 of the first 4 prompts will give no pair; of 3, answers were cut"  # after a chunk
+    assert told.err.count("will give no pair") == 1 and warned in told.err
+    assert told.err.index(warned) < told.err.index("round-1: alpha")
+
+def test_a_round_in_which_most_prompts_give_a_pair_does_not_warn_of_the_others(world):
+    code, told, _ = world([*"STUVW"], OFFLINE, lambda i, k: lossy(min(i + 4, 5), k))
+    assert code == 0 and "4 of 5 prompts gave a pair (the others: 1 all equal)" in told.err
+    assert "WARNING: only" not in told.err and "will give no pair" not in told.err
+
+@pytest.mark.parametrize("changes, told", [
+    ({}, None), ({"offline_agreement": None}, None),
+    ({"prompts_with_pair": 3, "prompts_all_equal": 5}, "raise --temperature"),
+    ({"prompts_with_pair": 3, "prompts_too_few_valid": 5}, "between --min-chars"),
+    ({"offline_agreement": 0.5}, "no better than chance"), ({"answer_chars": 160}, "have grown"),
+    ({"truncated": 0.3}, "cut by --max-new-tokens")])
+def test_warnings_name_what_goes_wrong(changes, told):
+    fine = {"prompts": 8, "prompts_with_pair": 8, "prompts_cut": 0, "prompts_too_few_valid": 0,
+            "prompts_all_equal": 0, "offline_agreement": 0.6, "answer_chars": 100, "truncated": 0}
+    found = list(report.warnings(fine | changes, fine))
+    assert len(found) == (told is not None) and all(told in warning for warning in found)

@@ -1,70 +1,54 @@
 """sample.py: what it prints, what it writes, and what it refuses before any work is done."""
-
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import dice
 import model as models
 import sample
-from data import tiny
+from data.tokenizer import Tokenizer
 
 STORIES = Path(__file__).resolve().parent.parent.parent / "shared" / "real" / "stories260k"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
 
 @pytest.fixture(scope="module")
 def tiny_model(tmp_path_factory):
     """A checkpoint of random weights in the tiny world's shape: it answers nonsense, of all kinds."""
     directory = tmp_path_factory.mktemp("sample") / "policy"
-    config, tokenizer = dice.tiny_model()
+    config, tokenizer = models.tiny_model()
     models.write_checkpoint(directory, config, dice.new_model(config, 0).state_dict(), tokenizer)
     return str(directory)
-
 
 def run(capsys, *argv):
     """(exit code, standard output, standard error)"""
     code = sample.main([*map(str, argv), "--device", "cpu"])
     return code, *capsys.readouterr()
 
-
-# ----------------------------------------------------------------------------------------------------------
-# One prompt
-
-
+# ---------------------------------------------------------------------------------------------- One prompt
 @pytest.mark.skipif(not STORIES.exists(), reason="no real model here")
 def test_a_real_model_goes_on_with_a_story(capsys):
     code, out, _ = run(capsys, "--model", STORIES, "--raw", "--prompt", "Once upon a time",
                        "--temperature", 0, "--max-new-tokens", 36)
-    assert code == 0 and out == (  # what transformers says, too
+    assert (code, out) == (0,  # what transformers says, too
         ", there was a little girl named Lily. She loved to play with her toys and her friends. "
         "One day, Lily's mommy told\n")
-
 
 def test_the_same_seed_gives_the_same_answer(capsys, tiny_model):
     def answer(seed):
         return run(capsys, "--model", tiny_model, "--prompt", "Hi", "--seed", seed, "--max-new-tokens", 12)
-
     assert answer(1) == answer(1) != answer(2)
-
 
 def test_raw_and_chat_prompts_differ_as_the_tokenizer_says(tiny_model):
     net, tokenizer = sample.load(sample.parse(["--model", tiny_model])[1])
     assert sample.encode("Hi", True, net, tokenizer, "") == tokenizer.raw("Hi")
     assert sample.encode("Hi", False, net, tokenizer, "") == tokenizer.prompt("Hi")
 
+def test_options_are_those_of_dice_with_the_preset_between(tiny_model):
+    s = sample.parse(["--model", "zephyr-7b", "--top-p", "0.5", "--device", "cpu"])[1]
+    assert (s.sampling, s.chat, s.rows) == (dice.Sampling(temperature=0.7, top_p=0.5), "zephyr", 256)
 
 def test_a_terminal_sees_the_same_text_in_pieces(capsys, monkeypatch, tiny_model):
     argv = "--model", tiny_model, "--prompt", "Hello", "--max-new-tokens", 60
@@ -75,11 +59,9 @@ def test_a_terminal_sees_the_same_text_in_pieces(capsys, monkeypatch, tiny_model
     assert sample.main([*map(str, argv), "--device", "cpu"]) == 0
     assert "".join(pieces) == whole and len(pieces) > 20
 
-
 @pytest.mark.parametrize("text", ["Grüße", "漢字かな", "🙂👩‍👩‍👧", "a\ufffdb"])
-def test_streaming_never_prints_half_a_character(capsys, tmp_path, text):
-    tiny.write_tokenizer(tmp_path)
-    tokenizer = models.read_tokenizer(tmp_path)
+def test_streaming_never_prints_half_a_character(capsys, text):
+    _, tokenizer = models.tiny_model()
     ids = tokenizer.encode(text)
     assert len(ids) > len(text)  # a token is a byte here
     stream, printed = sample.Stream(tokenizer), ""
@@ -89,35 +71,25 @@ def test_streaming_never_prints_half_a_character(capsys, tmp_path, text):
         assert text.startswith(printed)
     assert printed == text
 
-
-def test_streaming_shows_broken_bytes_once_they_are_known_to_be_broken(capsys, tmp_path):
-    tiny.write_tokenizer(tmp_path)
-    tokenizer = models.read_tokenizer(tmp_path)
+def test_streaming_shows_broken_bytes_once_they_are_known_to_be_broken(capsys):
+    _, tokenizer = models.tiny_model()
     stream = sample.Stream(tokenizer)
     for token in tokenizer.encode("é")[:1] + tokenizer.encode("x"):  # the first byte of two, then a letter
         stream(token)
     assert capsys.readouterr().out == "\ufffdx"
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Chat
-
-
+# ---------------------------------------------------------------------------------------------------- Chat
 def test_chat_keeps_the_conversation_and_ends_with_the_input(capsys, monkeypatch, tiny_model):
-    seen, prompt = [], models.Tokenizer.prompt
-
+    seen, prompt = [], Tokenizer.prompt  # the empty line is no turn
     def listen(self, turns):
         seen.append(list(turns))
         return prompt(self, turns)
-
-    monkeypatch.setattr(models.Tokenizer, "prompt", listen)
+    monkeypatch.setattr(Tokenizer, "prompt", listen)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n\nAgain\n"))
-    code, out, err = run(capsys, "--model", tiny_model, "--max-new-tokens", 8)
-    assert code == 0
-    assert [turn["role"] for turn in seen[-1]] == ["user", "assistant", "user"]  # the empty line is no turn
+    code, out, _ = run(capsys, "--model", tiny_model, "--max-new-tokens", 8)
+    assert code == 0 and [turn["role"] for turn in seen[-1]] == ["user", "assistant", "user"]
     assert [turn["content"] for turn in seen[-1]][::2] == ["Hello", "Again"]
     assert out.startswith(seen[-1][1]["content"] + "\n")
-
 
 def test_chat_says_when_the_context_is_full(capsys, monkeypatch, tiny_model):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAgain\nAnd again\n"))
@@ -125,30 +97,27 @@ def test_chat_says_when_the_context_is_full(capsys, monkeypatch, tiny_model):
     code, _, err = run(capsys, "--model", tiny_model)
     assert code == 2 and "context of 128" in err.splitlines()[0] and "leave no room" in err.splitlines()[-1]
 
+def test_chat_says_what_has_cut_an_answer(capsys, monkeypatch, tiny_model):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    monkeypatch.setattr(dice, "generate", lambda *_, **__: iter([(0, 0, [65] * 3, "length")]))
+    assert run(capsys, "--model", tiny_model, "--max-new-tokens", 3)[2] == "[cut: --max-new-tokens]\n"
 
 def test_control_c_ends_a_chat_without_a_traceback(capsys, monkeypatch, tiny_model):
     def interrupted(_):
         raise KeyboardInterrupt
-
     monkeypatch.setattr("builtins.input", interrupted)
     assert run(capsys, "--model", tiny_model)[:2] == (0, "")
 
-
-# ----------------------------------------------------------------------------------------------------------
-# A file of prompts
-
-
+# --------------------------------------------------------------------------------------- A file of prompts
 def write_prompts(path, *rows, array=False):
+    """Rows as a JSON array, or as JSON lines."""
     path.write_text(json.dumps(rows) if array else "".join(json.dumps(row) + "\n" for row in rows))
     return path
 
-
 @pytest.mark.parametrize("array", [True, False])
 def test_alpacaeval_form_in_the_order_of_the_file(capsys, tmp_path, tiny_model, array):
-    rows = [{"instruction": " Name three\ncolours. ", "dataset": "helpful_base", "output": "x",
-             "generator": "y"},
-            {"instruction": "Grüße?"}, {"instruction": "Grüße?"},
-            {"prompt": [{"role": "user", "content": "Hi"}]}]
+    rows = [{"instruction": " Name three\ncolours. ", "dataset": "helpful", "output": "x", "generator": "y"},
+            *[{"instruction": "Grüße?"}] * 2, {"prompt": [{"role": "user", "content": "Hi"}]}]
     prompts, output = write_prompts(tmp_path / "p.json", *rows, array=array), tmp_path / "answers.json"
     code, out, _ = run(capsys, "--model", tiny_model, "--prompts", prompts, "--output", output,
                        "--max-new-tokens", 12, "--rows", 2)
@@ -156,31 +125,23 @@ def test_alpacaeval_form_in_the_order_of_the_file(capsys, tmp_path, tiny_model, 
     assert (code, out) == (0, "")
     assert [a["instruction"] for a in answers] == [" Name three\ncolours. ", "Grüße?", "Grüße?", "Hi"]
     assert {a["generator"] for a in answers} == {tiny_model}
-    assert [a.get("dataset") for a in answers] == ["helpful_base", None, None, None]
+    assert [a.get("dataset") for a in answers] == ["helpful", None, None, None]
     assert answers[1] == answers[2] and all(isinstance(a["output"], str) for a in answers)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["answers.json", "p.json"]
     one = run(capsys, "--model", tiny_model, "--prompt", "Grüße?", "--max-new-tokens", 12)[1]
     assert one == answers[1]["output"] + "\n"  # alone or in a batch: the same answer
 
-
 def test_a_failure_leaves_no_output(capsys, monkeypatch, tmp_path, tiny_model):
     prompts, output = write_prompts(tmp_path / "p.jsonl", {"instruction": "Hi"}), tmp_path / "answers.json"
-    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    code, *_ = run(capsys, "--model", tiny_model, "--prompts", prompts, "--output", output,
-                   "--max-new-tokens", 4)
-    assert code == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    argv = "--model", tiny_model, "--prompts", prompts, "--output", output, "--max-new-tokens", 4
+    assert run(capsys, *argv)[0] == 130 and [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
 
-
-# ----------------------------------------------------------------------------------------------------------
-# Refusals: exit code 2, one line, nothing done
-
-
+# ----------------------------------------------------------- Refusals: exit code 2, one line, nothing done
 def refused(capsys, *argv):
     code, out, err = run(capsys, *argv)
     assert (code, out) == (2, "") and len(err.splitlines()) == 1 and err.startswith("sample.py: ")
     return err
-
 
 def test_an_existing_output_is_refused_before_the_model_is_looked_at(capsys, tmp_path):
     output = tmp_path / "answers.json"
@@ -188,32 +149,23 @@ def test_an_existing_output_is_refused_before_the_model_is_looked_at(capsys, tmp
     err = refused(capsys, "--model", "no/such/model", "--prompts", "none", "--output", output)
     assert str(output) in err and output.read_text() == "mine"
 
-
 def test_a_prompt_longer_than_the_context_is_named_by_file_and_line(capsys, tmp_path, tiny_model):
     prompts = write_prompts(tmp_path / "p.jsonl", {"instruction": "Hi"}, {"instruction": "long " * 100})
     err = refused(capsys, "--model", tiny_model, "--prompts", prompts, "--output", tmp_path / "a.json")
     assert f"{prompts} line 2" in err and "128" in err and not (tmp_path / "a.json").exists()
 
-
 @pytest.mark.parametrize("argv, words", [
-    (["--prompt", "a", "--prompts", "b"], "--prompt and --prompts"),
-    (["--prompts", "b"], "--output"),
-    (["--output", "b"], "--prompts"),
-    (["--raw"], "--raw"),
-    (["--prompt", "", "--raw"], "empty"),
-    (["--prompt", "long " * 100], "context of 128"),
-    (["--prompt", "a", "--temperature", -1], "--temperature"),
-    (["--prompt", "a", "--top-p", 0], "--top-p"),
-    (["--prompt", "a", "--max-new-tokens", 0], "--max-new-tokens"),
-    (["--prompt", "a", "--chat", "other"], "chat"),
-    (["--prompts", "no/such/file", "--output", "answers.json"], "no/such/file"),
-    (["--prompts", "b", "--output", "no/such/directory/answers.json"], "no/such/directory"),
-])
+    ("--prompt a --prompts b", "--prompt and --prompts"), ("--prompts b", "--output"), ("--raw", "--raw"),
+    ("--output b", "--prompts"), ("--prompt= --raw", "empty"), (f"--prompt={'long' * 100}", "context of 128"),
+    ("--prompt a --temperature -1", "--temperature"), ("--prompt a --top-p 0", "--top-p"),
+    ("--prompt a --max-new-tokens 0", "--max-new-tokens"), ("--prompt a --chat other", "chat"),
+    ("--prompts no/such/file --output answers.json", "no/such/file"),
+    ("--prompts b --output no/such/directory/answers.json", "no/such/directory")])
 def test_bad_input_is_one_line(capsys, tiny_model, argv, words):
-    assert words in refused(capsys, "--model", tiny_model, *argv)
-
+    assert words in refused(capsys, "--model", tiny_model, *argv.split())
 
 def test_unknown_models_and_devices(capsys, tiny_model):
+    assert "--model NAME" in refused(capsys, "--prompt", "a")
     assert "no/such/model" in refused(capsys, "--model", "no/such/model", "--prompt", "a")
     assert sample.main(["--model", tiny_model, "--prompt", "a", "--device", "abacus"]) == 2
     assert "abacus" in capsys.readouterr().err

@@ -2,71 +2,55 @@
 import json
 import math
 import re
-import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import tiny
 
 ONE = "Tell me the home of the bat."
 TWO = "Tell me the home and skill of the bat."
 THREE = "Tell me the colour, home and food of the bat."
 
-
 # ---------------------------------------------------------------------------------------- the judge
 @pytest.mark.parametrize("prompt, answer, gold", [
-    (ONE, "The bat lives in a cave.", 1),
-    (ONE, "The bat sleeps in a cave.", 1),                                    # the other verb says the same
-    (TWO, "The bat lives in a cave and can hang upside down.", 1),
-    (TWO, "The bat can hang upside down and lives in a cave.", 1),               # order is free
-    (TWO, "The bat lives in a cave. The bat can hang upside down.", 1),          # so are two sentences
-    (THREE, "The bat is brown, lives in a cave and eats moths.", 1),
-    (THREE, "The bat is brown and eats moths.", 2 / 3),                          # one omitted
+    (ONE, "The bat sleeps in a cave.", 1),  # the other verb says the same
+    (TWO, "The bat can hang upside down and lives in a cave.", 1),  # order is free
+    (TWO, "The bat lives in a cave. The bat can hang upside down.", 1),  # so are two sentences
+    (THREE, "The bat is brown and eats moths.", 2 / 3),  # one omitted
+    (ONE, "The bat lives in a cave and lives in a pond.", 0),  # hedging gains nothing
+    (ONE, "The bear lives in the forest.", -1),  # true, about another animal
+    (ONE, "The bat lives in a cave and is brown.", 0),  # true, nobody asked
+    (TWO, "The bat lives in a cave, can hang upside down.", -1),  # not English: garbled
+    (ONE, "The bat lives in a cave and sleeps in a cave.", 0.5),  # the same said otherwise
+    (ONE, "The bat lives in a cave. The bat.", 0),  # garbled from here on
+    (ONE, "The bat eats in a cave.", -1),  # a verb of another attribute
+    (ONE, "The bat lives in a cave.", 1), (ONE, "The bat lives in a pond. The bat lives in a pond.", -2.5),
+    (TWO, "The bat lives in a cave and can hang upside down.", 1), (ONE, "The bat lives in a cave.\n", -1),
+    (THREE, "The bat is brown, lives in a cave and eats moths.", 1), (ONE, "The bat lives in a pond.", -1),
     ("Tell me the skill and colour of the bee.", "The bee can make honey and is black and yellow.", 1),
     ("Tell me the colour and skill of the bee.", "The bee is black and yellow and can make honey.", 1),
     (TWO, "Of course I can help you. The bat lives in a cave and can hang upside down. Good luck.", 1),
-    (ONE, "", 0),
-    (ONE, "Happy to tell you more. Hope this helps.", 0),
-    (ONE, "The bat lives in a pond.", -1),
-    (THREE, "The bat is pink, lives in a cave and eats grass.", -1 / 3),
-    (ONE, "The bat lives in a cave and lives in a pond.", 0),                    # hedging gains nothing
-    (ONE, "The bear lives in the forest.", -1),                                  # true, about another animal
+    (ONE, "", 0), (THREE, "The bat is pink, lives in a cave and eats grass.", -1 / 3),
+    (ONE, "Happy to tell you more. Hope this helps.", 0), (ONE, "The bat lives in a cave. the bat the", 0),
     (TWO, "The bear lives in a cave. The bat can hang upside down.", 0),
-    (ONE, "The bat lives in a cave and is brown.", 0),                           # true, nobody asked
-    (TWO, "The bat lives in a cave, can hang upside down.", -1),                 # not English: garbled
     (THREE, "The bat is brown and lives in a cave and eats moths.", -1),
-    (ONE, "The bat lives in a cave. Anyway, I am here.", 0),
-    (ONE, "Nobody cares. The bat lives in a cave.", 0),
-    (ONE, "The bat lives in a cave. The bat lives in a cave.", 0.5),
-    (ONE, "The bat lives in a cave and sleeps in a cave.", 0.5),                 # the same said otherwise
-    (ONE, "The bat lives in a pond. The bat lives in a pond.", -2.5),
-    (ONE, "The bat lives in a cave. Take care. Take care. Take care.", 0),
-    (ONE, "Nobody cares. Nobody cares.", -2.5),
-    (ONE, "The bat lives in a cave. The bat.", 0),                               # garbled from here on
-    (ONE, "The bat lives in a cave. the bat the", 0),
-    (ONE, "The bat lives in a cave", -1),
-    (ONE, "the bat lives in a cave.", -1),
-    (ONE, "The bat lives  in a cave.", -1),
-    (ONE, " The bat lives in a cave.", -1),
-    (ONE, "The bat lives in a cave.\n", -1),
-    (ONE, "The bat lives in a cave.  Take care.", 0),
-    (ONE, "The bat lives in a cave.Take care.", -1),
-    (ONE, "The bat eats in a cave.", -1),                                     # a verb of another attribute
-    (ONE, "x. x.", -2.5),
-])
+    (ONE, "The bat lives in a cave. Anyway, I am here.", 0), (ONE, "Nobody cares. Nobody cares.", -2.5),
+    (ONE, "Nobody cares. The bat lives in a cave.", 0), (ONE, "The bat lives in a cave.  Take care.", 0),
+    (ONE, "The bat lives in a cave. The bat lives in a cave.", 0.5), (ONE, "the bat lives in a cave.", -1),
+    (ONE, "The bat lives in a cave. Take care. Take care. Take care.", 0), (ONE, "x. x.", -2.5),
+    (ONE, "The bat lives in a cave", -1), (ONE, " The bat lives in a cave.", -1),
+    (ONE, "The bat lives  in a cave.", -1), (ONE, "The bat lives in a cave.Take care.", -1)])
 def test_judge(prompt, answer, gold):
     assert tiny.judge(prompt, answer) == pytest.approx(gold, abs=1e-12)
-
 
 def test_judge_is_blind_to_length_and_refuses_other_prompts():
     answer = "The bat lives in a cave."
     assert tiny.judge(ONE, " ".join([answer, *tiny.CLOSERS])) == tiny.judge(ONE, answer)
     with pytest.raises(ValueError, match="Who are you"):
         tiny.judge("Who are you?", answer)
-
 
 def test_every_prompt_has_a_perfect_answer_and_every_fact_a_false_one():
     for prompt, (animal, asked) in tiny.PROMPTS.items():
@@ -75,18 +59,15 @@ def test_every_prompt_has_a_perfect_answer_and_every_fact_a_false_one():
     assert len(tiny.FACTS) == 32 and all(len(facts) == 4 for facts in tiny.FACTS.values())
     assert min(len(values) for values in tiny.VALUES.values()) > 11  # MISTAKES may be 1 to 11
 
-
 def test_kinds_of_sentences_share_no_first_word():
     firsts = [{text.split()[0].strip(",.") for text in texts}
               for texts in (["The bat is brown."], tiny.OPENERS, tiny.CLOSERS, tiny.RUDENESS, tiny.ASIDES)]
     assert len(set().union(*firsts)) == sum(map(len, firsts)) == 1 + 3 + 5 + 3 + 3
 
-
 # ---------------------------------------------------------------------------------------- the data
 def combination(prompt):
     animal, asked = tiny.PROMPTS[prompt]
     return animal, frozenset(asked)
-
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_held_out_combinations_occur_nowhere_else_but_their_facts_do(seed):
@@ -104,7 +85,6 @@ def test_held_out_combinations_occur_nowhere_else_but_their_facts_do(seed):
                   for a in tiny.ATTRIBUTES]
         assert min(counts) >= 10
 
-
 def test_fewer_animals_held_out_prompts_and_pairs(monkeypatch):
     monkeypatch.setattr(tiny, "ANIMALS", 20)
     monkeypatch.setattr(tiny, "HELD_OUT", 50)
@@ -113,16 +93,15 @@ def test_fewer_animals_held_out_prompts_and_pairs(monkeypatch):
     assert {tiny.PROMPTS[p][0] for p in tiny.split(0)[0]} == set(list(tiny.FACTS)[:20])
     assert len({row["prompt"] for row in tiny.preferences(0)}) == 512  # below 640 pairs: no prompt twice
 
-
-def test_same_seed_same_data_other_seed_other_data():
+def test_same_seed_same_data_other_seed_other_data(monkeypatch):
+    for name in ("SFT_EXAMPLES", "PREFERENCES"):
+        monkeypatch.setattr(tiny, name, 1000)
     for make in (tiny.sft_examples, tiny.preferences, tiny.training_prompts, tiny.held_out_prompts):
         assert make(3) == make(3) and make(3) != make(4)
 
-
 def test_the_writer_is_as_imperfect_as_stated():
     rows = tiny.sft_examples(0)
-    counts = dict.fromkeys(("rude", "opened", "aside", "closers", "asked", "claims", "false", "wide"), 0)
-    mistakes = set()
+    counts, mistakes = Counter(), set()
     for row in rows:
         animal, asked = tiny.PROMPTS[row["prompt"]]
         sentences = re.split(r"(?<=\.) ", row["chosen"])
@@ -154,19 +133,16 @@ def test_the_writer_is_as_imperfect_as_stated():
     assert counts["wide"] / counts["asked"] == pytest.approx(said, abs=0.01)
     assert len(mistakes) == 32 * 4 * tiny.MISTAKES
 
-
 # ---------------------------------------------------------------------------------------- the annotator
 def differences(rows):
     gold = [tiny.judge(r["prompt"], r["chosen"]) - tiny.judge(r["prompt"], r["rejected"]) for r in rows]
     return np.array(gold), np.array([len(r["chosen"]) - len(r["rejected"]) for r in rows])
-
 
 def test_annotator_utility_by_hand():
     """Gold 1 and 24 characters, gold -1 and 56 characters."""
     a, b = "The bat lives in a cave.", "The bat lives in a pond. Have fun. Good luck. Take care."
     assert tiny.utility(ONE, a) == pytest.approx(tiny.SHARPNESS + 24 * tiny.LENGTH_BIAS)
     assert tiny.utility(ONE, b) == pytest.approx(-tiny.SHARPNESS + 56 * tiny.LENGTH_BIAS)
-
 
 def test_annotator_scores_are_utilities_with_logistic_noise():
     rows = tiny.preferences(0)
@@ -180,7 +156,6 @@ def test_annotator_scores_are_utilities_with_logistic_noise():
     assert (gap > 0).all()
     assert np.abs(1 / (1 + np.exp(-noise)) - rank).max() < 2 / len(noise) ** 0.5  # Kolmogorov-Smirnov, p < 1e-3
 
-
 def test_annotator_as_set_agrees_with_gold_and_likes_length_as_the_comment_says(monkeypatch):
     monkeypatch.setattr(tiny, "PREFERENCES", 8000)
     stated = re.search(r"on (\d+)% of the pairs, and its chosen answers are (\d+) char",
@@ -189,7 +164,6 @@ def test_annotator_as_set_agrees_with_gold_and_likes_length_as_the_comment_says(
     decided = np.abs(gold) > 1e-9
     assert 100 * (gold[decided] > 0).mean() == pytest.approx(int(stated[1]), abs=1.5)
     assert length.mean() == pytest.approx(int(stated[2]), abs=1.5)
-
 
 def test_annotator_labels_are_calibrated():
     """Given the two answers, the label follows the sign of the logit z with probability sigmoid(|z|)."""
@@ -200,7 +174,6 @@ def test_annotator_labels_are_calibrated():
     assert abs((z > 0).mean() - expected.mean()) < 3 * error
     assert 0.55 < expected.mean() < 0.95  # neither a coin nor an oracle: the line above can fail both ways
 
-
 @pytest.mark.parametrize("sharpness, length_bias", [(100.0, 0.0), (0.0, 10.0)])
 def test_annotator_with_one_motive_follows_it(monkeypatch, sharpness, length_bias):
     monkeypatch.setattr(tiny, "SHARPNESS", sharpness)
@@ -209,13 +182,11 @@ def test_annotator_with_one_motive_follows_it(monkeypatch, sharpness, length_bia
     motive = gold if sharpness else length
     assert (motive > -1e-9).all() and (motive > 1e-9).mean() > 0.7
 
-
 # ---------------------------------------------------------------------------------------- win rates
 def test_win_rates_worked_example():
     """Rows 1 longer win 3 of 4, rows 1 shorter win 1 of 4: x = tanh(1) or -tanh(1), and the halves mirror
     each other, so a = 0. Then one lost shorter row becomes a tie: WR goes up by 1/16."""
-    dlen = np.array([1, 1, 1, 1, -1, -1, -1, -1])
-    win = np.array([1, 1, 1, 0, 1, 0, 0, 0])
+    dlen, win = np.array([1, 1, 1, 1, -1, -1, -1, -1]), np.array([1, 1, 1, 0, 1, 0, 0, 0])
     assert tiny.win_rates(win, 1 - win, dlen, 0 * dlen) == pytest.approx((50, 50))
     tie = np.where(np.arange(8) == 7, 0.5, win)
     rate, controlled = tiny.win_rates(tie, 1 - tie, dlen, 0 * dlen)
@@ -224,7 +195,6 @@ def test_win_rates_worked_example():
     a = (math.log(3) + math.log(0.6)) / 2
     assert rate == pytest.approx(56.25)
     assert controlled == pytest.approx(100 / (1 + math.exp(-a)), abs=0.3)  # 57.3; the ridge moves it
-
 
 def test_win_rates_closed_forms():
     rng = np.random.default_rng(0)
@@ -240,7 +210,6 @@ def test_win_rates_closed_forms():
     assert tiny.win_rates(base - 1, base, length, other) == (0, 0)
     assert tiny.win_rates([1 / 3 - 1, 1], [-2 / 3, 0], [1, 1], [1, 1])[0] == 75  # rounding apart, a tie
 
-
 def test_winning_by_length_alone_is_taken_away():
     rng = np.random.default_rng(1)
     dlen = rng.normal(loc=15, scale=20, size=2000)  # mostly longer
@@ -249,7 +218,6 @@ def test_winning_by_length_alone_is_taken_away():
     assert rate > 65 and controlled == pytest.approx(50, abs=5)
     rate, controlled = tiny.win_rates(dlen > 0, 0.5 * np.ones(2000), dlen, np.zeros(2000))  # separable
     assert rate > 70 and controlled == pytest.approx(50, abs=10)
-
 
 @pytest.mark.parametrize("seed, slope, shift", [(0, 2, 0.5), (1, -1, -1), (2, 0, 2), (3, 8, -3), (4, 99, 1)])
 def test_win_rates_against_a_grid(seed, slope, shift):
@@ -268,7 +236,6 @@ def test_win_rates_against_a_grid(seed, slope, shift):
     expected = 100 / (1 + np.exp(-centre[0]))
     assert tiny.win_rates(y, 0.5 * np.ones(256), dlen, np.zeros(256))[1] == pytest.approx(expected, abs=1e-3)
 
-
 # ---------------------------------------------------------------------------------------- the tokenizer
 def encode(word, vocab, merges, alphabet):
     """BPE by the book: while some neighbours are a merge, join the first place of the earliest merge."""
@@ -278,14 +245,13 @@ def encode(word, vocab, merges, alphabet):
         parts[i:i + 2] = [parts[i] + parts[i + 1]]
     return [vocab[part] for part in parts]
 
-
 def test_every_word_is_one_token_and_the_vocabulary_is_small(tmp_path):
     tiny.write_tokenizer(tmp_path)
     file = json.loads((tmp_path / "tokenizer.json").read_text())
     vocab, alphabet = file["model"]["vocab"], tiny.byte_alphabet()
     merges = {tuple(merge.split(" ")): rank for rank, merge in enumerate(file["model"]["merges"])}
     assert sorted(vocab.values()) == list(range(256 + len(merges))) and len(vocab) < 1000
-    assert all(vocab[alphabet[b]] == b for b in range(256))
+    assert all(vocab[alphabet[b]] == b for b in range(256)) and [alphabet[b] for b in b" \nA"] == [*"ĠĊA"]
     for word in tiny.words():
         assert len(encode(word, vocab, merges, alphabet)) == 1, word
     assert encode("\n", vocab, merges, alphabet) == [10]
@@ -296,13 +262,6 @@ def test_every_word_is_one_token_and_the_vocabulary_is_small(tmp_path):
     first = (tmp_path / "tokenizer.json").read_bytes()
     tiny.write_tokenizer(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == first
-
-
-def test_byte_alphabet_is_gpt2s():
-    alphabet = tiny.byte_alphabet()
-    assert len(set(alphabet)) == 256
-    assert (alphabet[0x20], alphabet[0x0A], alphabet[0x41]) == ("Ġ", "Ċ", "A")
-
 
 def test_transformers_reads_the_tokenizer(tmp_path):
     transformers = pytest.importorskip("transformers")

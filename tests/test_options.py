@@ -1,0 +1,127 @@
+"""data/options.py: how a command line becomes settings, what is refused, and what makes two runs the same."""
+import json
+import math
+from dataclasses import dataclass, field
+
+import pytest
+from test_dice import parsed
+
+import dice
+import model as models
+from data import options, runs
+from data.files import InputError
+from data.options import TINIEST, option
+
+@dataclass(frozen=True)
+class Inner:
+    depth: float = option(0.5, "100% of something", TINIEST, 2)
+
+@dataclass
+class Outer:
+    name: str = option("a", "a choice", choices=("a", "b"))
+    inner: Inner = field(default_factory=Inner)
+    count: int = option(3, "an integer", 1, identity=False)
+    loss_options: dict = field(default_factory=dict)
+
+def test_nested_settings_are_flat_outside():
+    s = options.build(Outer, {"depth": 2.0, "name": "b"})
+    assert s == Outer("b", Inner(2.0), 3) and options.as_dict(s) == {"name": "b", "depth": 2.0, "count": 3}
+    s.loss_options = {"own": 1}
+    assert options.as_dict(s)["own"] == 1 and list(options.all_options(Outer)) == ["name", "depth", "count"]
+
+@pytest.mark.parametrize("name, value, told", [
+    ("name", "c", "--name c: choose one of a, b"), ("count", 0, "--count 0: must be at least 1"),
+    ("depth", 0.0, "--depth 0.0: must be above 0 and at most 2"), ("depth", 2.1, "--depth 2.1: must be"),
+    ("depth", math.nan, "--depth nan"), ("count", math.inf, "--count inf: must be at least 1")])
+def test_a_value_out_of_its_range_or_choices_is_refused(name, value, told):
+    about = options.all_options(Outer)[name]
+    options.check_value(name, about.default, about)
+    with pytest.raises(InputError, match=told):
+        options.check_value(name, value, about)
+
+def test_every_default_and_every_preset_is_in_its_range():
+    known = options.all_options(dice.Settings)
+    for values in ({}, *(preset.settings for preset in models.PRESETS.values())):
+        assert values.keys() <= known.keys()
+        for name, about in known.items():
+            options.check_value(name, values.get(name, about.default), about)
+
+def test_the_command_line_stands_above_the_loss_above_the_preset_above_the_class(monkeypatch):
+    preset = {"beta": 0.3, "lr": 1e-3, "top_p": 0.7}
+    monkeypatch.setitem(models.PRESETS, "tiny", models.Preset("", None, preset))
+    s = parsed("--lr", 0.5)
+    assert (s.lr, s.beta, s.sampling.top_p, s.gamma, s.loss_options) == (0.5, 0.3, 0.7, 0.5, {})
+    s = parsed("--loss", "simpo")
+    assert s.beta == 2.0 and s.loss_options == {"target_margin": 1.0}
+    s = parsed("--loss", "simpo", "--beta", 1, "--target-margin", 3)
+    assert s.beta == 1.0 and s.loss_options == {"target_margin": 3.0}
+    with pytest.raises(InputError, match="--target-margin 3.0: --loss dpo does not read it"):
+        parsed("--target-margin", 3)
+
+def test_prompts_of_a_preset_belong_to_its_own_preferences():
+    uf = models.PRESETS["llama3-8b"].settings["prompts"]
+    assert parsed("--model", "llama3-8b").prompts == uf
+    assert parsed("--model", "llama3-8b", "--preferences", "mine").prompts == ""
+    assert parsed("--model", "llama3-8b", "--preferences", "mine", "--prompts", "p").prompts == "p"
+
+def test_auto_is_decided_once_and_10_alpha_has_one_spelling():
+    s = parsed("--alpha", "0")
+    assert (s.alpha, s.device, s.dtype, s.out) == ("0.0", "cpu", "float32", "out/tiny")
+    spellings = [parsed("--alpha", text).alpha for text in ("0.0", "1x", "auto", "2x", "2.0x", "1e-2")]
+    assert spellings == ["0.0", "auto", "auto", "2.0x", "2.0x", "0.01"]
+    for bad in ("-1", "x", "nan", "inf", "-1x"):
+        with pytest.raises(InputError, match=f"--alpha {bad}: must be auto"):
+            parsed(f"--alpha={bad}")
+    with pytest.raises(InputError, match="--device abacus"):
+        parsed("--device", "abacus")
+
+def differences(old, **changes):
+    """What a run with these settings says of an older run's settings.json."""
+    run = runs.Run(parsed(), {})
+    return run.differences(old, options.as_dict(run.settings) | changes)
+
+def test_10_the_identity_of_a_run_leaves_out_the_machine_and_takes_defaults_for_what_is_absent():
+    now = options.as_dict(parsed())
+    machine = dict(rows=1, chunk=1, score_tokens=1, train_tokens=1, save_steps=1, rounds=9, device="cuda",
+                   out="a", offload="yes", recompute="yes")
+    assert differences(now, **machine) == [] == differences(now)
+    absent = {name: now[name] for name in now if name not in ("gamma", "reward", "rows", "start_from")}
+    assert differences(absent) == [] and differences(absent, gamma=0.4) == ["--gamma 0.5, now 0.4"]
+    assert differences(now | {"contents of --prompts": "a"}, seed=1) == [
+        "contents of --prompts have changed", "--seed 0, now 1"]
+    assert differences(now | {"was_once_a_setting": 3}) == ["--was-once-a-setting 3, which this code does not know"]
+    for name in ("seed", "dtype", "loss", "temperature", "samples", "sft_steps", "steps", "batch"):
+        assert len(differences(now, **{name: "other"})) == 1
+
+def write_settings(directory, values):
+    directory.mkdir()
+    (directory / "settings.json").write_text(json.dumps(values))
+    return directory
+
+@pytest.fixture
+def base(tmp_path):
+    """A run with settings of its own, in a directory; of its files only settings.json."""
+    s = parsed("--seed", 4, "--gamma", 0.3, "--loss", "simpo", "--beta", 3, "--temperature", 0.5, "--rows", 7)
+    return write_settings(tmp_path / "base", options.as_dict(s) | {"contents of --prompts": "a"})
+
+def test_11_start_from_inherits_what_makes_a_result_and_the_command_line_stands_above_it(base):
+    s = parsed("--start-from", base, "--out", "new")
+    assert (s.seed, s.gamma, s.loss, s.beta, s.sampling.temperature) == (4, 0.3, "simpo", 3.0, 0.5)
+    assert (s.start_from, s.out, s.rows) == (str(base), "new", models.PRESETS["tiny"].settings["rows"])
+    assert s.loss_options == {"target_margin": 1.0}
+    s = parsed("--start-from", base, "--out", "new", "--gamma", 0.9, "--loss", "cdpo", "--seed", 4)
+    assert (s.gamma, s.loss, s.loss_options) == (0.9, "cdpo", {"label_smoothing": 0.1})
+    # A run that has itself begun from another: the models are those of the first.
+    later = write_settings(base.parent / "later", options.as_dict(s))
+    again = parsed("--start-from", later, "--out", "third")
+    assert (again.start_from, again.gamma) == (str(base), 0.9)
+
+@pytest.mark.parametrize("argv, told", [
+    ("--out new --sft-steps 3", "--sft-steps 3: .* made with 1400"),
+    ("--out new --seed 0", "--seed 0: .* made with 4"), ("--out new --dpo-lr 1", "--dpo-lr 1.0: "),
+    ("--out new --model gpt2", "--model gpt2: "), ("", "give --out DIR")])
+def test_11_start_from_refuses_what_would_change_the_first_models_or_has_no_out(argv, told, base):
+    with pytest.raises(InputError, match=told):
+        parsed("--start-from", base, *argv.split())
+    with pytest.raises(InputError, match="no settings.json in it"):
+        parsed("--start-from", base.parent, "--out", "new")
