@@ -97,7 +97,6 @@ class Settings:
                               "better than an answer of the policy in training", choices=("none", "fdpo"))
     loss: str = option("dpo", "one of the losses below")
     beta: float = option(0.1, "how strongly the policy is held to its reference", TINIEST)
-    # Sampling
     sampling: Sampling = field(default_factory=Sampling)
     min_chars: int = option(3, "an answer of so many characters or fewer is not trained on", 0)
     max_chars: int = option(6700, "an answer of so many characters or more is not trained on", 1)
@@ -337,7 +336,6 @@ def make_pairs(samples, s, rng):
     alpha, is_multiple = options.read_alpha(s.alpha)
     if is_multiple:
         alpha *= search_alpha(reward, length, choose)
-    # Answers that are not used get a shaped reward too, for samples.jsonl.
     for x in samples:
         x.shaped = x.reward - alpha * answer_length(x, s.length_unit)
     pairs = []
@@ -428,7 +426,6 @@ def mix_replay(generated, offline, gamma, rng):
     require((generated or gamma == 1) and (offline or gamma == 0),
             f"--gamma {gamma}: cannot mix {len(generated)} generated and {len(offline)} offline pairs; give "
             "--preferences FILE, or --gamma 0 to do without")
-    # Which of many pairs are taken is a matter of chance. The seed and the round decide it.
     offline = [offline[i] for i in rng.permutation(len(offline))]
     generated = [generated[i] for i in rng.permutation(len(generated))]
     # If a prompt has a generated pair, its offline pairs are not used. Take first the prompts that cost
@@ -525,7 +522,6 @@ def train(run, s, model_dir, items, loss_fn, *, lr, steps, epochs, batch, cosine
         optimizer.param_groups[0]["lr"] = rate
         # run.fit puts in the first argument of accumulate, the tokens of a pass.
         row = run.fit(accumulate, model, group, loss_fn, s)
-        # The norm is that before clipping.
         row["grad_norm"] = float(models.full_tensor(nn.utils.clip_grad_norm_(weights.values(), s.clip)))
         # One NaN in the gradient would turn all weights into NaN. So the run stops before this step. (score
         # is for the log-probs in the file that it writes.)
@@ -643,7 +639,6 @@ class TokenLogprobs(torch.autograd.Function):
     # The logits of a batch would be its largest tensor by far: 4096 tokens of Llama-3 take 2 GB in float32.
     # So they are made chunk by chunk, and made again in the backward pass. What is kept for it is small: the
     # hidden states, and for each token one number, the log of the sum of exp.
-    # (The logits of a model in bfloat16 are products in bfloat16. From there on all is float32.)
     @staticmethod
     def forward(ctx, hidden, weight, targets):
         logprobs, totals = [], []
@@ -1067,6 +1062,7 @@ class DecodingBatch:
             self.request[hole] = self.request[mover]
         del self.request[left:]
         self.done[left:], self.cache.length[left:] = True, 0
+        # Shorter rows may be left, so attention may look less far from here on.
         self.cache.longest = int(self.cache.length[:left].max()) if left else 0
         return finished
 
@@ -1089,8 +1085,8 @@ def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0,
     # All rows have room for the longest prompt and the longest answer.
     capacity = min(config.context, max(map(len, prompts)) + limit)
     batch = DecodingBatch(model, rows, capacity, sampling, stop_ids)
-    # To ask a GPU which rows have ended is to wait for it. So it is asked every 16 steps only. A row that has
-    # ended computes in vain until then.
+    # To ask a GPU which rows have ended is to wait for it. So it is asked every 16 steps only. Until then the
+    # rows that have ended compute in vain.
     steps = 16 if batch.cache.varlen and on_token is None else 1
     waiting = deque(enumerate(prompts))
     while waiting or batch.request:
