@@ -229,8 +229,8 @@ def find_models(settings, out):
     return policy_dir, prev_dir, config, tokenizer
 
 def read_reward_model(directory) -> tuple[Config, Tokenizer]:
-    """The config and tokenizer of a sequence classifier with one output. InputError if it is something else, or
-    if its weights do not fit."""
+    """The config and tokenizer of a sequence classifier with one output. InputError if it is something else,
+    or if its weights do not fit."""
     config, tokenizer = read_config(directory), read_tokenizer(directory)
     require(config.num_labels == 1, f"--reward {directory}: not a reward model; its config.json must name an "
             "architecture ...ForSequenceClassification and one label")

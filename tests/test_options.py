@@ -89,7 +89,8 @@ def test_10_the_identity_of_a_run_leaves_out_the_machine_and_takes_defaults_for_
     assert differences(absent) == [] and differences(absent, gamma=0.4) == ["--gamma 0.5, now 0.4"]
     assert differences(now | {"contents of --prompts": "a"}, seed=1) == [
         "contents of --prompts have changed", "--seed 0, now 1"]
-    assert differences(now | {"was_once_a_setting": 3}) == ["--was-once-a-setting 3, which this code does not know"]
+    told = ["--was-once-a-setting 3, which this code does not know"]
+    assert differences(now | {"was_once_a_setting": 3}) == told
     for name in ("seed", "dtype", "loss", "temperature", "samples", "sft_steps", "steps", "batch"):
         assert len(differences(now, **{name: "other"})) == 1
 

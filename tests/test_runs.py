@@ -279,7 +279,7 @@ def test_11_a_run_that_starts_from_another_gives_its_rounds_and_its_table(alone,
         assert differences(alone / name, new / name) == []
     assert not {"base", "sft", "dpo"} & {path.name for path in new.iterdir()}
     trained = {row["what"] for row in rows_of(new / "timing.jsonl") if "padded_tokens" in row}
-    assert trained == {"round-1"}  # the models before it are judged again, by this run's sampling, not trained
+    assert trained == {"round-1"}  # earlier models are judged again, not trained
     assert "| sft |" in out and out.strip() in (alone / "report.md").read_text()
     assert out.strip() in (new / "report.md").read_text()
 
