@@ -708,7 +708,7 @@ def score(model, samples, tokens):
         indices.setdefault(tuple(x.prompt.ids), []).append(i)
     for prompts in batches(indices, tokens):
         cache, last = prefill(model, [list(prompt) for prompt in prompts])
-        # (row of the prompt in the cache, index of the sample) of each answer; the first prompt is the longest
+        # (row in the cache, index of the sample) of each answer. The first prompt is the longest.
         answers = [(row, i) for row, prompt in enumerate(prompts) for i in indices[prompt]]
         for group in batches(answers, tokens, size=lambda a: len(prompts[0]) + len(samples[a[1]].tokens)):
             rows, which = zip(*group)
