@@ -62,8 +62,10 @@ from data.processes import batches, log_info, share, sum_over_processes
 # Settings. Each stands here once: the command line, --help and the checks are made from these two classes.
 # option(default, help, least value, largest value). A preset of model.py (--model NAME) has its own defaults.
 # base_option: the models before the first round were made with it, so with --start-from it cannot be changed.
-# machine_option: it may be another one when a run goes on. The others may not.
+# machine_option: it may be another one when a run goes on. The others may not. path_option: the path may be
+# another one, what is in the file or directory may not.
 base_option, machine_option = partial(option, base=True), partial(option, identity=False)
+path_option = partial(option, contents=True)
 
 @dataclass(frozen=True)
 class Sampling:
@@ -75,11 +77,11 @@ class Sampling:
 @dataclass
 class Settings:
     # What goes in and out
-    model: str = base_option("tiny", "a name or a Hugging Face directory; tiny is made from nothing")
-    reference: str = base_option("", "the model that --model was DPO-trained from; if none, DPO comes first")
-    prompts: str = option("", "JSON lines of prompts to sample for; without it those of --preferences")
-    preferences: str = option("", "JSON lines of offline pairs, for the DPO stage and the replay")
-    start_from: str = option("", "a run whose SFT and DPO models, and settings, this run begins with")
+    model: str = path_option("tiny", "name or Hugging Face directory; tiny is made from nothing", base=True)
+    reference: str = path_option("", "what --model was DPO-trained from; if none, DPO comes first", base=True)
+    prompts: str = path_option("", "JSON lines of prompts to sample for; without it those of --preferences")
+    preferences: str = path_option("", "JSON lines of offline pairs, for the DPO stage and the replay")
+    start_from: str = path_option("", "a run whose SFT and DPO models, and settings, this run begins with")
     out: str = machine_option("", "directory of the run; without it out/NAME_OF_MODEL")
     weights: str = base_option("real", "dummy: random weights, to measure speed", choices=("real", "dummy"))
     chat: str = base_option("auto", "chat format", choices=("auto", "llama3", "zephyr", "chatml", "plain"))
@@ -89,8 +91,8 @@ class Settings:
     gamma: float = option(0.5, "share of offline pairs in a round's training mixture", 0, 1)
     alpha: str = option("auto", "length penalty, nats per unit; auto: alpha*, no length gap; 2x: twice that")
     length_unit: str = option("chars", "the unit of that length", choices=("chars", "tokens"))
-    reward: str = option("implicit", "what ranks the samples: implicit, DICE's reward; gold, the tiny "
-                         "world's judge, an upper bound; or the directory of a reward model")
+    reward: str = path_option("implicit", "what ranks the samples: implicit, DICE's reward; gold, the tiny "
+                              "world's judge, an upper bound; or the directory of a reward model")
     reward_reference: str = option("previous", "the model it compares with", choices=("previous", "first"))
     rejected: str = option("worst", "what the best answer is paired with", choices=("worst", "random"))
     data_filter: str = option("none", "fdpo: before each epoch, drop the pairs whose chosen answer is no "
@@ -500,7 +502,7 @@ def train_on_pairs(run, s, t, policy_dir, prev_dir, pairs, *, lr, steps):
     return train(run, s, policy_dir, pairs, partial(preference_loss, ref_model=ref_model), lr=lr, steps=steps,
                  epochs=s.epochs, batch=s.batch, keep=keep)
 
-@runs.again_after_out_of_memory
+@runs.again_after_restart
 def train(run, s, model_dir, items, loss_fn, *, lr, steps, epochs, batch, cosine=False, keep=None):
     """AdamW on loss_fn(model, items, settings), from the checkpoint in model_dir. Returns the weights."""
     # In training the weights are float32: a step of 5e-7 would be lost in the rounding of bfloat16 weights.

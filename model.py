@@ -4,6 +4,7 @@ A checkpoint is a Hugging Face directory: config.json, safetensors, tokenizer fi
 written: GPT-2 and Llama (2, 3, 3.1, 3.2, Mistral, Qwen2). Both become ONE `Config` and ONE set of names, the
 state_dict of `dice.Transformer`. Features that this network does not compute are refused by name; pickled and
 quantised weights are not read."""
+import hashlib
 import math
 import os
 import re
@@ -25,7 +26,7 @@ from data import tiny
 from data.files import InputError, read_json, require, whole_directory, write_json
 from data.hub import download_repository
 from data.processes import backend_for, world
-from data.tokenizer import StandIn, Tokenizer, read_tokenizer
+from data.tokenizer import TOKENIZER_FILES, StandIn, Tokenizer, read_tokenizer
 
 # ---------------------------------------------------------------------------------------- shape of a network
 @dataclass(frozen=True)
@@ -163,12 +164,12 @@ PRESETS = {
 def resolve(name: str) -> Path:
     """A preset's name or a directory, as given to `--model` -> the directory of the model. A preset's is in
     ./weights, or in the directory DICE_WEIGHTS, and is downloaded if it is missing."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if name in PRESETS:
         repository = PRESETS[name].repository
         require(repository, f"{name}: is made by dice.py from nothing; give a policy of its runs, like "
                             "out/tiny/round-2/policy")
-        path = Path(os.environ.get("DICE_WEIGHTS") or "weights").expanduser() / repository.split("/")[1]
+        path = Path(os.path.expanduser(os.environ.get("DICE_WEIGHTS") or "weights"), repository.split("/")[1])
         if not path.exists():
             download_repository(repository, path)
     require((path / "config.json").is_file(), f"{path}: not a model directory (no config.json in it); give a "
@@ -407,7 +408,8 @@ def open_safetensors(path):
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: missing, cut short or damaged ({error}); fetch it again") from None
+        raise InputError(f"{path}: missing, cut short or damaged ({error}); fetch it again, or remove its "
+                         "directory if a run has made it") from None
 
 def find_tensors(directory: Path) -> dict[str, tuple[Path, tuple, str]]:
     """Every tensor of a checkpoint, one file or several: name -> (file, shape, type). Reads headers only."""
@@ -453,6 +455,16 @@ def check_weights(directory, config: Config):
             surplus.discard(part)
     require(not surplus, f"{directory}: config.json has no place for: {', '.join(sorted(surplus)[:3])}")
     return plan, tensors
+
+def hash_of(*directories):
+    """sha256 of what checkpoints contain: config.json, weights and tokenizer files. Not of their paths."""
+    digest = hashlib.sha256()
+    for directory in directories:
+        for path in sorted(directory.iterdir()):
+            if path.suffix == ".safetensors" or path.name in ("config.json", *TOKENIZER_FILES):
+                with open(path, "rb") as file:
+                    digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tensor]:
     """The state_dict of a checkpoint under our names, on the CPU, as `dtype` (None: as stored). One tensor is

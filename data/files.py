@@ -10,6 +10,8 @@ import uuid
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # Windows
@@ -48,7 +50,7 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file; {} if there is no such file. InputError if it holds anything else."""
     try:
         value = parse_json(path.read_bytes()) if path.exists() else {}
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
     require(isinstance(value, dict), f"{path}: must hold a JSON object, not a {type(value).__name__}")
     return value
@@ -67,27 +69,61 @@ def write_rows(path: Path, rows):
 def append_row(path: Path, row: dict):
     """Add a row at the end of a JSON lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
+    with names_the_file(path), open(path, "a", encoding="utf-8") as file:
         file.write(json_line(row))
 
 def whole_rows(path: Path) -> list[dict]:
-    """The rows of a JSON lines file; [] if there is no such file. A last line without a line end was cut
-    short when a program was killed: it is removed from the file."""
-    data = path.read_bytes() if path.exists() else b""
-    complete = data[:data.rfind(b"\n") + 1]
-    if len(complete) < len(data):
-        os.truncate(path, len(complete))
-    return [json.loads(line) for line in complete.splitlines()]
+    """The rows of a JSON lines file; [] if there is no such file. A kill or a power loss can leave a line
+    that is cut short or damaged: such lines are removed from the file."""
+    rows, whole = [], []
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(row, dict):
+            rows.append(row)
+            whole.append(line)
+    if len(whole) < len(lines):
+        write_file(path, lambda scratch: scratch.write_bytes(b"".join(whole)))
+        print(f"{path}: lines that were cut short or damaged are removed: {len(lines) - len(whole)}",
+              file=sys.stderr)
+    return rows
+
+@contextmanager
+def names_the_file(path: Path):
+    """An OSError in this block names a file. Python leaves it out where writing fails, on a full disk say."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+    except SafetensorError as error:
+        raise OSError(None, str(error), str(path)) from error
+
+def scratch_of(path: Path) -> Path:
+    """Where a file or directory is made before it has its name."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+def remove_scratch(directory: Path):
+    """Remove what scratch_of() has named below a directory. No link is followed."""
+    for path in list(directory.rglob(".*." + 8 * "[0-9a-f]" + ".tmp")):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 def write_file(path: Path, write):
     """Make a file by write(scratch), with a path to write to. The file is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    scratch = scratch_of(path)
     try:
-        write(scratch)
-        flush(scratch)
-        os.replace(scratch, path)
-        flush(path.parent)
+        with names_the_file(path):
+            write(scratch)
+            flush(scratch)
+            os.replace(scratch, path)
+            flush(path.parent)
     except BaseException:  # also Ctrl-C
         scratch.unlink(missing_ok=True)
         raise
@@ -95,14 +131,15 @@ def write_file(path: Path, write):
 @contextmanager
 def whole_directory(directory: Path):
     """Gives a directory to write files into. After the block it is renamed to `directory`."""
-    scratch = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.tmp")
+    scratch = scratch_of(directory)
     scratch.mkdir(parents=True)
     try:
-        yield scratch
-        for path in (*scratch.iterdir(), scratch):
-            flush(path)
-        os.rename(scratch, directory)
-        flush(directory.parent)
+        with names_the_file(directory):
+            yield scratch
+            for path in (*scratch.iterdir(), scratch):
+                flush(path)
+            os.rename(scratch, directory)
+            flush(directory.parent)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)
         raise
@@ -113,9 +150,13 @@ def flush(path: Path):
     os.fsync(descriptor)
     os.close(descriptor)
 
+def open_lock(path: Path):
+    """Nothing is written into a lock file, and a link is not followed: it may lead to any file."""
+    return open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)), "a")
+
 def try_lock(path: Path):
     """Lock a file until the returned file is closed. None if another process has locked it."""
-    file = open(path, "a")
+    file = open_lock(path)
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,7 +171,7 @@ def one_at_a_time(lock_path: Path):
     file = try_lock(lock_path)
     if file is None:
         print(f"waiting: another process is downloading to {lock_path.parent}", file=sys.stderr)
-        file = open(lock_path, "a")
+        file = open_lock(lock_path)
         fcntl.flock(file, fcntl.LOCK_EX)
     with file:
         yield

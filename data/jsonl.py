@@ -15,35 +15,34 @@ ROLES = ("system", "user", "assistant")
 class Data:
     prompts: list  # of (where, prompt)
     preferences: list  # of Preference
-    contents: dict  # "contents of --prompts" and so on -> hash of the file
+    contents: dict  # path -> hash of what was read from it
 
 def read_data(settings, tiny):
     """The data that the settings of a run name; without files, that of the tiny world (data/tiny.py)."""
     s, data = settings, Data([], [], {})
     if s.prompts:
-        data.prompts = read_prompts(s.prompts)
-        data.contents["contents of --prompts"] = digest(s.prompts)
+        data.prompts = read_prompts(s.prompts, data.contents)
     elif s.model == "tiny":
         data.prompts = [("tiny", text) for text in tiny.training_prompts(s.seed)]
     if s.preferences:
-        data.preferences = read_preferences(s.preferences)
-        data.contents["contents of --preferences"] = digest(s.preferences)
+        data.preferences = read_preferences(s.preferences, data.contents)
     elif s.model == "tiny":
         data.preferences = [preference(row, "tiny") for row in tiny.preferences(s.seed)]
     return data
 
-def digest(path):
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-
-def read_rows(path):
-    """Yields (where, row) for each JSON object in the file; where is "FILE line N", for messages."""
+def read_rows(path, contents=None):
+    """Yields (where, row) for each JSON object in the file; where is "FILE line N", for messages. The hash of
+    the file is put into contents[path]."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
+        content = Path(path).read_bytes()  # once: a pipe cannot be read again
+        text = content.decode().replace("\r\n", "\n").replace("\r", "\n")
+    except FileNotFoundError as error:
         hint = "; python data/ultrafeedback.py makes it" if "uf-10k" in str(path) else ""
-        raise InputError(f"{path}: cannot be read: {error.strerror}{hint}")
+        raise InputError(f"{path}: {error.strerror}{hint}")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start})")
+    if contents is not None:
+        contents[path] = hashlib.sha256(content).hexdigest()
     if text.lstrip().startswith("["):
         rows = [(f"{path} entry {i}", row) for i, row in enumerate(parse(text, path), 1)]
     else:
@@ -60,11 +59,11 @@ def parse(text, where):
     except ValueError as error:
         raise InputError(f"{where}: not valid JSON: {error}")
 
-def read_prompts(path):
+def read_prompts(path, contents=None):
     """A list of (where, prompt), each prompt once. Rows have "prompt" or "instruction", or the conversations
     "chosen" and "rejected", which begin with it."""
     prompts = {}
-    for where, row in read_rows(path):
+    for where, row in read_rows(path, contents):
         prompt = prompt_of(row, where)
         prompts.setdefault(json.dumps(prompt), (where, prompt))
     return list(prompts.values())
@@ -77,11 +76,11 @@ class Preference(NamedTuple):
     scores: tuple | None = None  # (score_chosen, score_rejected), which ODPO needs
     steps: str | None = None  # Step-DPO: the correct steps before both answers
 
-def read_preferences(path):
+def read_preferences(path, contents=None):
     """A list of Preference, from TRL's rows, plain or conversational, with or without the prompt in the
     answers, or the DICE repository's {"prompt" or "instruction", "output": [chosen, rejected]}. A row may
     have "score_chosen" and "score_rejected", and Step-DPO's "initial_reason_steps"."""
-    return [preference(row, where) for where, row in read_rows(path)]
+    return [preference(row, where) for where, row in read_rows(path, contents)]
 
 def preference(row, where):
     prompt = prompt_of(row, where)

@@ -6,6 +6,7 @@ import argparse
 import functools
 import inspect
 import math
+import os
 import sys
 import time
 from dataclasses import field, fields, is_dataclass
@@ -13,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 
 import model as models
 from data.files import InputError, read_json, require
@@ -21,10 +21,13 @@ from data.processes import Interrupted, is_first, log_info, lost_contact, own_de
 
 TINIEST = sys.float_info.min  # as a least value: anything above 0
 
-def option(default, help, least=-math.inf, most=math.inf, choices=None, identity=True, base=False):
+def option(default, help, least=-math.inf, most=math.inf, choices=None, identity=True, base=False,
+           contents=False):
     """A setting. identity: it changes what a run computes, so a run goes on with the same value only. base:
-    the models before the first round depend on it, and --start-from does not allow another value."""
-    about = dict(help=help, least=least, most=most, choices=choices, identity=identity, base=base)
+    the models before the first round depend on it, and --start-from does not allow another value. contents:
+    it names a file or directory, and the run goes on with the same contents, under any path."""
+    about = dict(help=help, least=least, most=most, choices=choices, identity=identity, base=base,
+                 contents=contents)
     return field(default=default, metadata=about)
 
 def all_options(settings_class):
@@ -274,31 +277,56 @@ def nothing_to_prefer(count):
 # ------------------------------------------------------------------------------------------------------------
 # Exit codes
 def command(name):
-    """Decorator of main(argv). Exit codes: 0, 2 for bad input or a full disk, 130 after Ctrl-C, 1 if another
-    process has ended; each with one line on stderr. Other errors are bugs and keep their traceback."""
+    """Decorator of main(argv). Exit codes: 0; 2 for bad input, or a file that cannot be read or written; 130
+    after Ctrl-C; 1 if another process has ended; each with one line on stderr. 141 if the reader of the
+    output has gone. Other errors are bugs and keep their traceback."""
     def decorate(main):
         @functools.wraps(main)
         def wrapped(argv=None):
+            open_streams()
             try:
-                return main(argv) or 0
-            except InputError as error:
-                # With torchrun all processes meet the same bad input. The first one says so, and torchrun
-                # ends the others while they wait.
-                if not is_first() and not error.alone:
-                    time.sleep(10)
-                code, text = 2, str(error)
-            except (Interrupted, KeyboardInterrupt) as error:
-                code, text = 130, str(error) if is_first() else ""
-            except (OSError, SafetensorError) as error:
-                if "No space left" not in str(error):
-                    raise
-                code, text = 2, "the disk is full; free some space, and give the same command to go on"
-            except RuntimeError as error:
-                if not lost_contact(error):
-                    raise
-                code, text = 1, "another process of this run has ended; give the same command to go on"
-            if text:
-                print(f"{name}: {text}", file=sys.stderr)
+                code, text = outcome(main, argv)
+                if text:
+                    print(f"{name}: {text}", file=sys.stderr)
+            except BrokenPipeError:  # after "| head", for example
+                code = 141
+                for number in (1, 2):  # what is still in a buffer goes nowhere
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             return code
         return wrapped
     return decorate
+
+def open_streams():
+    """A closed standard stream becomes the null device. Else the next file that is opened would get its
+    number, and what is printed would be written into that file."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))
+            os.dup2(getattr(sys, name).fileno(), number)
+
+def outcome(main, argv):
+    """main(argv) -> (exit code, what to say on stderr)."""
+    try:
+        code = main(argv) or 0
+        sys.stdout.flush()
+        return code, ""
+    except InputError as error:
+        # With torchrun all processes meet the same bad input. The first one says so, and torchrun ends the
+        # others while they wait.
+        if not is_first() and not error.alone:
+            time.sleep(10)
+        return 2, str(error)
+    except (Interrupted, KeyboardInterrupt) as error:
+        return 130, (str(error) or "interrupted") if is_first() else ""
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        what = error.strerror or str(error)
+        full = any(text in what for text in ("No space left", "quota exceeded"))
+        advice = "; make room there, and give the same command to go on" if full else ""
+        return 2, str(InputError(f"{where}{what}{advice}"))
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        return 1, "another process of this run has ended; give the same command to go on"

@@ -41,9 +41,10 @@ def is_out_of_memory(error):
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
 
 class Restart(Exception):
-    """Memory ran out inside a pass of FSDP: the model must be loaded anew. The budget is smaller now."""
+    """The model must be loaded anew: memory ran out inside a pass of FSDP, and the budget is smaller now; or
+    a saved state was damaged, and is removed now."""
 
-def again_after_out_of_memory(train):
+def again_after_restart(train):
     """Decorator of a function that loads its own model: it begins again, from the last saved state."""
     @functools.wraps(train)
     def wrapped(*args, **options):
@@ -68,7 +69,7 @@ class Run:
     with run: ... begins the run, or goes on with it. InputError if another process works in the directory, or
     if it holds anything but this run; the message names the settings that differ."""
     def __init__(self, settings, contents):
-        """contents: name -> hash, of each data file."""
+        """contents: path -> hash, of the data files as they were read."""
         self.settings, self.contents = settings, contents
         self.out, self.device = Path(settings.out), join_processes(settings.device)
         # Lowered for the rest of the run when memory runs out.
@@ -89,10 +90,8 @@ class Run:
     def begin(self, stack):
         if rank() == 0:
             self.claim(stack)
-            for leftover in list(self.out.rglob(".*.tmp")):  # of files and directories that were cut short
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-            for name in ("timing.jsonl", "metrics.jsonl"):  # removes a line that was cut short
-                files.whole_rows(self.out / name)
+            files.whole_rows(self.out / "timing.jsonl")  # removes a line that was cut short
+            files.whole_rows(self.out / "metrics.jsonl")
         barrier()
         self.metrics = files.whole_rows(self.out / "metrics.jsonl")
         self.logged = {(row["stage"], row.get("step")) for row in self.metrics}
@@ -100,7 +99,7 @@ class Run:
 
     def claim(self, stack):
         """Lock the directory, compare its settings.json with this run's, and write this run's."""
-        path, now = self.out / "settings.json", as_dict(self.settings) | self.contents
+        path, now = self.out / "settings.json", as_dict(self.settings)
         known = path.exists()
         taken = self.out.exists() and (not self.out.is_dir() or any(self.out.glob("[!.]*")))
         require(known or not taken, f"{self.out}: holds files already, not a run's; choose another --out")
@@ -108,19 +107,34 @@ class Run:
         lock = files.try_lock(self.out / ".lock")
         require(lock, f"{self.out}: another process is at work in it; let it end, or choose another --out")
         stack.enter_context(lock)
+        now |= self.hashes()
         if known:
             differ = self.differences(files.read_json(path), now)
             require(not differ, f"{self.out}: was begun with other settings ({'; '.join(differ)}); give the "
                     "same ones to go on, or choose another --out")
             log_info(f"{self.out}: goes on where it stopped")
+            files.remove_scratch(self.out)
         files.write_file(path, partial(files.write_json, value=now))
+
+    def hashes(self):
+        """{"contents of --model": hash, ...} of the models and data files that are given to the run."""
+        found, start = {}, Path(self.settings.start_from)
+        given = {"model": [self.policy_dir], "reference": [self.prev_dir], "reward": [self.reward_model_dir],
+                 "start_from": sorted(path.parent for path in start.glob("*/config.json"))}
+        for name, f in all_options(type(self.settings)).items():
+            path = getattr(self.settings, name, "")
+            directories = [x for x in given.get(name, []) if x and x.parent != self.out]
+            if f.metadata["contents"] and path:
+                value = models.hash_of(*directories) if directories else self.contents.get(path, path)
+                found[f"contents of {flag(name)}"] = value
+        return found
 
     def differences(self, old, now):
         """What differs in two settings.json and changes results, in words. An absent setting: its default."""
         differ, options = [], all_options(type(self.settings)) | getattr(self.settings, "of_losses", {})
         for name in sorted(old.keys() | now.keys()):
             about = options.get(name)
-            if about and not about.metadata["identity"]:
+            if about and (about.metadata["contents"] or not about.metadata["identity"]):
                 continue
             default = about.default if about else None
             before, after = old.get(name, default), now.get(name, default)
@@ -149,7 +163,11 @@ class Run:
             for key, tensor in make(self, *args):  # all processes take part
                 if rank() == 0:
                     state[key] = tensor.to("cpu", dtype)
+                    if not state[key].isfinite().all():
+                        raise InputError(f"{self.stage_name}: {key} is not finite after the last step; it "
+                                         "is not saved. Begin anew with a lower learning rate", alone=True)
             if rank() == 0:
+                self.flush_metrics()
                 models.write_checkpoint(directory, self.config, state, self.tokenizer)
             self.end_stage()
         return directory
@@ -290,11 +308,11 @@ class Run:
     # The state of a training: the weights and AdamW's moments, a file for each parameter, because all at once
     # may be more than main memory. Each process keeps its own shards.
     def save_training(self, weights, optimizer, step):
-        """Keep the state before a step, and no older one."""
-        if step <= self.saved:
+        """Keep the state before a step, and no older one. One that is not finite is not kept."""
+        finite = all(bool(models.local_shard(p).isfinite().all()) for p in weights.values())
+        if step <= self.saved or any_process(not finite):
             return
-        if rank() == 0:
-            files.flush(self.out / "metrics.jsonl")  # a kept state needs the rows of all steps before it
+        self.flush_metrics()
         shutil.rmtree(self.state_path(step), ignore_errors=True)  # left if others were behind when killed
         with files.whole_directory(self.state_path(step)) as scratch:
             for name, p in weights.items():
@@ -314,12 +332,21 @@ class Run:
             p.grad = torch.zeros_like(p)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        damaged = False
         with torch.no_grad():
             for name, p in weights.items():
-                with models.open_safetensors(self.state_path(step) / f"{name}.safetensors") as file:
-                    for key, tensor in state_of(p, optimizer).items():
-                        tensor.copy_(file.get_tensor(key))
+                try:
+                    with models.open_safetensors(self.state_path(step) / f"{name}.safetensors") as file:
+                        for key, tensor in state_of(p, optimizer).items():
+                            tensor.copy_(file.get_tensor(key))
+                except InputError:
+                    damaged = True
                 optimizer.state[p]["step"].fill_(step)
+        if any_process(damaged):
+            log_info(f"{self.stage_name}: the state after step {step} is damaged and thrown away")
+            if damaged:
+                shutil.rmtree(self.state_path(step))
+            raise Restart
         log_info(f"{self.stage_name}: goes on after step {step}")
         return step
 
@@ -340,6 +367,12 @@ class Run:
             self.metrics.append(row)
             if rank() == 0:
                 files.append_row(self.out / "metrics.jsonl", row)
+
+    def flush_metrics(self):
+        """What is kept on the disk from here on needs the rows of all steps before it."""
+        if rank() == 0 and self.metrics:
+            files.flush(self.out / "metrics.jsonl")
+            files.flush(self.out)
 
     def log_step(self, step, row, lr):
         self.log({"stage": self.stage_name, "step": step + 1, **row, "lr": lr})

@@ -252,10 +252,7 @@ def read_tokenizer(directory, chat="auto") -> Tokenizer:
     chat: auto (recognise the template), llama3, zephyr, chatml or plain. InputError names the file."""
     directory = Path(directory)
     paths = [directory / name for name in TOKENIZER_FILES]
-    try:
-        files = {path.name: path.read_bytes() for path in paths if path.is_file()}
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from None
+    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
     require("tokenizer.json" in files or "tokenizer.model" in files,
             f"{directory}: no tokenizer.json and no tokenizer.model (Llama-3's rank file)")
     settings = read_json(directory / "special_tokens_map.json")

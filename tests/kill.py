@@ -2,8 +2,8 @@
 
     python tests/kill.py --kills 20
 
-Both are `python dice.py` in directories of their own, killed with SIGKILL after random times. Exit code 0:
-every file but timing.jsonl is the same to the byte.
+Both are `python dice.py` in directories of their own, with the settings ARGV if none are given, killed with
+SIGKILL after random times. Exit code 0: every file but timing.jsonl is the same to the byte.
 """
 import argparse
 import multiprocessing
@@ -19,6 +19,8 @@ from pathlib import Path
 
 DICE = Path(__file__).resolve().parent.parent / "dice.py"
 WORLD = {"SFT_EXAMPLES": 2000, "PREFERENCES": 64, "HELD_OUT": 6, "DICE_PROMPTS": 10}  # takes seconds
+ARGV = ("--sft-steps 100 --dpo-steps 8 --samples 4 --steps 40 --min-valid 0 --chunk 32 --save-steps 5 "
+        "--data-filter fdpo").split()
 FORKS = multiprocessing.get_context("forkserver")  # no run waits for torch: the server has imported it
 FORKS.set_forkserver_preload(["dice"])
 
@@ -61,6 +63,11 @@ def contents(directory):
     return {str(path.relative_to(directory)): path.read_bytes() for path in sorted(directory.rglob("*"))
             if path.is_file() and path.name not in ("timing.jsonl", ".lock")}
 
+def progress(directory):
+    """How many steps and chunks a run has done, those that it did again included."""
+    timing = directory / "run/timing.jsonl"
+    return timing.read_bytes().count(b"\n") if timing.exists() else 0
+
 def differences(one, two):
     one, two = contents(one), contents(two)
     return sorted(name for name in one.keys() | two.keys() if one.get(name) != two.get(name))
@@ -70,23 +77,27 @@ def main():
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments; the run itself has its own")
     options, argv = parser.parse_known_args()
+    argv = argv or ARGV
     scratch, moments, kills = Path(tempfile.mkdtemp()), random.Random(options.seed), 0
-    started = time.monotonic()
     finish(scratch / "alone", argv)
-    seconds = time.monotonic() - started
-    print(f"left alone: {seconds:.0f} s", flush=True)
+    whole = progress(scratch / "alone")
+    print(f"left alone: {whole} chunks and steps", flush=True)
     while kills < options.kills:
         process = start(scratch / "killed", argv)
-        try:  # long enough to get a little further each time, short enough not to end before the last kill
-            process.wait(3 + moments.uniform(0, 2 * seconds / options.kills))
-            print(f"it ended after {kills} kills; begun again from nothing", flush=True)
-            shutil.rmtree(scratch / "killed")
-        except subprocess.TimeoutExpired:
+        # Far enough to get a little further each time, not so far that it ends before the last kill.
+        until = progress(scratch / "killed") + moments.uniform(0, 2 * whole / options.kills)
+        while process.poll() is None and progress(scratch / "killed") < until:
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.2))
+        if process.poll() is None:
             process.kill()
             process.wait()
             kills += 1
             kept = ", ".join(sorted(path.name for path in (scratch / "killed/run/partial").glob("*")))
             print(f"kill {kills}: {kept or 'between stages'}", flush=True)
+        else:
+            print(f"it ended after {kills} kills; begun again from nothing", flush=True)
+            shutil.rmtree(scratch / "killed")
     finish(scratch / "killed", argv)
     different = differences(scratch / "alone" / "run", scratch / "killed" / "run")
     print(f"{kills} kills; files that differ: {', '.join(different) or 'none'}")

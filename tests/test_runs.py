@@ -5,7 +5,9 @@ import math
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import threading
 import time
 import weakref
 from contextlib import chdir
@@ -18,13 +20,14 @@ import numpy as np
 import pytest
 import torch
 from kill import contents, differences
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_dice import (  # noqa: F401 (checkpoint is a fixture)
     LLAMA, Bench, checkpoint, network, random_pairs, random_samples, rows_of, settings, train_dpo)
 
 import dice
 import model as models
-from data import ablations, files, options, processes, report, runs, tiny
+from data import ablations, files, plan, processes, report, runs, tiny
 from data.files import InputError
 
 ARGV = ("--sft-steps 20 --sft-batch 16 --sft-lr 0.01 --dpo-steps 6 --steps 16 --samples 4 --batch 8 "
@@ -114,8 +117,8 @@ def test_killed_at_any_moment_it_ends_as_if_left_alone(alone, tmp_path):
         process.join()
         with open(run / "metrics.jsonl", "a") as file:
             file.write('{"stage": "sft", "st')
-    (run / ".policy.0123.tmp").mkdir()  # what SIGKILL leaves of a checkpoint
-    (run / ".policy.0123.tmp" / "model.safetensors").write_bytes(b"half")
+    (run / ".policy.0123abcd.tmp").mkdir()  # what SIGKILL leaves of a checkpoint
+    (run / ".policy.0123abcd.tmp" / "model.safetensors").write_bytes(b"half")
     assert exit_codes(kill.start_small(tmp_path, ARGV)) == [0] and differences(alone, run) == []
     log = (tmp_path / "log.txt").read_text()
     assert log.count("goes on where it stopped") == 3 and "sft: goes on after step" in log
@@ -206,27 +209,144 @@ def test_10_a_run_goes_on_with_other_settings_of_the_machine_and_defaults_for_ab
     assert small(tmp_path, "--gamma", "0.5", "--loss", "cdpo") == 2
     assert "--gamma 0.9, now 0.5; --loss 'dpo', now 'cdpo'" in capsys.readouterr().err
 
-FULL = OSError(errno.ENOSPC, "No space left on device")
+FULL = errno.ENOSPC, "No space left on device"
 
 @pytest.mark.parametrize("where, name, number, error", [
-    (files, "append_row", 60, FULL), (os, "rename", 2, FULL),  # of the second state of the training
-    (runs, "save_file", 10, options.SafetensorError("I/O error: No space left on device"))],  # of the first
+    (files, "json_line", 60, OSError(*FULL)), (os, "rename", 2, OSError(*FULL)),  # of the second state
+    (runs, "save_file", 10, SafetensorError("I/O error: No space left on device"))],  # of the first
     ids=["append", "rename", "tensors"])
-def test_a_full_disk_ends_the_run_and_what_is_done_is_kept(
+def test_15_a_full_disk_ends_the_run_and_what_is_done_is_kept(
         where, name, number, error, alone, tmp_path, monkeypatch, capsys):
     run, until_full = before("round-1", alone, tmp_path), fails_at(number, getattr(where, name), error)
     with monkeypatch.context() as patch:
         patch.setattr(where, name, until_full)
         assert small(tmp_path) == 2
-    assert "the disk is full" in capsys.readouterr().err.splitlines()[-1] and len(until_full.calls) == number
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("dice.py: run/") and "No space left on device; make room there" in told
+    assert len(until_full.calls) == number
     assert list((run / "partial").iterdir()) and not list(run.rglob("*.tmp"))
     assert small(tmp_path) == 0 and differences(alone, run) == []
 
+def test_a2_what_models_and_data_contain_decides_and_not_their_paths(from_files, tmp_path, capsys):
+    """Other weights or rows under the same path are refused. Moved, all goes on, also from a pipe."""
+    place = tmp_path / "place"
+    place.mkdir()
+    for name, path in zip(("dpo", "sft", "pairs.jsonl", "prompts.jsonl"), from_files[1:8:2]):
+        (shutil.copytree if Path(path).is_dir() else shutil.copy)(path, place / name)
+    def go(here, *more):
+        argv = f"--model {here}/dpo --reference {here}/sft/ --prompts {here}/prompts.jsonl".split()
+        argv += ["--preferences", here / "pairs.jsonl", "--sft-steps", 0, *more]
+        return small(here.parent, *from_files[8:], *argv)
+    assert go(place, "--out", place / "run") == 0
+    whole = contents(place / "run")
+    for name, option in (("sft/model.safetensors", "reference"), ("pairs.jsonl", "preferences")):
+        path = place / name
+        kept = path.read_bytes()
+        path.write_bytes(b"\n" + kept if name == "pairs.jsonl" else kept[:-1] + bytes([kept[-1] ^ 1]))
+        capsys.readouterr()
+        assert go(place, "--out", place / "run") == 2
+        assert f"contents of --{option} have changed" in capsys.readouterr().err
+        path.write_bytes(kept)
+    new = place.rename(tmp_path / "elsewhere")
+    pipe, rows = new / "pipe", (new / "pairs.jsonl").read_bytes()
+    os.mkfifo(pipe)
+    threading.Thread(target=pipe.write_bytes, args=[rows], daemon=True).start()
+    assert go(new, "--out", "elsewhere/run/", "--preferences", pipe) == 0
+    assert contents(new / "run").keys() == whole.keys()
+
+def test_a3_weights_that_are_not_finite_are_never_saved(tmp_path, capsys):
+    assert small(tmp_path, "--sft-steps", 0, "--dpo-steps", 1, "--dpo-lr", 1e39) == 2
+    assert "dpo: embed.weight is not finite after the last step; it is not saved" in capsys.readouterr().err
+    run = tmp_path / "run"
+    shutil.rmtree(run)
+    assert small(tmp_path, "--sft-steps", 0, "--dpo-steps", 3, "--dpo-lr", 1e39, "--save-steps", 1) == 2
+    assert "dpo, step 2: loss nan" in capsys.readouterr().err
+    assert not list(run.rglob("dpo.*")) and not (run / "dpo").exists()
+
+def test_b8_the_rows_of_a_stage_are_on_the_disk_before_its_checkpoint(alone, tmp_path, monkeypatch):
+    run, flush, write, flushed = before("dpo", alone, tmp_path), files.flush, models.write_checkpoint, []
+    def recorded(path):
+        flushed.append((path, os.path.getsize(path)))
+        flush(path)
+    def checked(*args, **about):
+        assert (Path("run/metrics.jsonl"), os.path.getsize(run / "metrics.jsonl")) in flushed
+        write(*args, **about)
+        flushed.append("a checkpoint")
+    monkeypatch.setattr(files, "flush", recorded)
+    monkeypatch.setattr(models, "write_checkpoint", checked)
+    assert small(tmp_path) == 0 and flushed.count("a checkpoint") == 2
+
+def test_b10_files_of_others_are_kept_and_links_are_not_followed(tmp_path, capsys):
+    run, other = tmp_path / "run", tmp_path / "other"
+    other.write_text("mine")
+    (run / ".cache").mkdir(parents=True)
+    for name in (".x.tmp", ".y.01234567.tmp"):
+        (run / ".cache" / name).write_text("mine")
+    (run / ".lock").symlink_to(other)
+    assert small(tmp_path) == 2 and "run/.lock: Too many levels of symbolic links" in capsys.readouterr().err
+    (run / ".lock").unlink()
+    with dice.Run(settings(out=str(run), dpo_steps=1)):
+        assert sorted(os.listdir(run / ".cache")) == [".x.tmp", ".y.01234567.tmp"]
+    (run / ".y.0123abcd.tmp").symlink_to(tmp_path)
+    with dice.Run(settings(out=str(run), dpo_steps=1)):
+        assert not os.path.lexists(run / ".y.0123abcd.tmp")
+    assert other.read_text() == (run / ".cache" / ".x.tmp").read_text() == "mine"
+
+def test_b11_what_is_damaged_in_partial_is_made_again(alone, tmp_path, monkeypatch, capsys):
+    """After a power loss: a chunk of zeros, one cut short, and a half file of the training's state."""
+    run, log = before("round-1", alone, tmp_path), dice.Run.log
+    def killed(self, row):
+        log(self, row)
+        if row.get("step") == 6:
+            raise Killed
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(dice.Run, "log", killed)
+        small(tmp_path)
+    chunks = run / "partial/round-1-samples.0.jsonl"
+    lines = chunks.read_bytes().splitlines(keepends=True)
+    chunks.write_bytes(lines[0] + b"\0" * 40 + b"\n" + lines[1][:40])
+    state = run / "partial/round-1.4.0-of-1/embed.weight.safetensors"
+    state.write_bytes(state.read_bytes()[:-8])
+    capsys.readouterr()
+    assert small(tmp_path) == 0 and differences(alone, run) == []
+    told = capsys.readouterr().err
+    assert "round-1-samples.0.jsonl: lines that were cut short or damaged are removed: 2" in told
+    assert "round-1: the state after step 4 is damaged and thrown away" in told
+
+@pytest.mark.parametrize("argv, told", [
+    (["--out", "file/run"], "Not a directory"), (["--out", "x" * 300], "File name too long"),
+    (["--out", "file"], "holds files already"), (["--prompts", "."], ".: Is a directory"),
+    (["--model", "~nobody-of-this-name/x", "--preferences", "file"], "not a model directory"),
+    (["--dry-run", "--preferences", "x" * 300], "File name too long")])
+def test_d15_ordinary_trouble_is_one_line(argv, told, tmp_path, capsys):
+    (tmp_path / "file").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}')
+    assert small(tmp_path, *argv) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("dice.py: ") and told in line
+
+@pytest.mark.parametrize("where, argv", [("find_models", []), ("free_last_model", ["--dry-run"])])
+def test_d15_ctrl_c_while_loading_and_in_the_dry_run_is_one_line(where, argv, tmp_path, monkeypatch, capsys):
+    owner = models if hasattr(models, where) else plan
+    monkeypatch.setattr(owner, where, fails_at(1, None, KeyboardInterrupt()))
+    assert small(tmp_path, *argv) == 130 and capsys.readouterr().err == "dice.py: interrupted\n"
+
+def test_d15_closed_streams_and_a_reader_that_has_gone(alone, tmp_path):
+    """Of a finished run that prints its table again; and of bad input, with nowhere to say so."""
+    shutil.copytree(alone, tmp_path / "run")
+    argv = [sys.executable, kill.DICE, *ARGV, "--device", "cpu", "--out"]
+    gone = subprocess.Popen([*argv, "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    gone.stdout.close()
+    assert gone.stderr.read() == b"run: goes on where it stopped\n" and gone.wait() == 141
+    closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "", *argv, "new", "--prompts", "nowhere"]
+    assert subprocess.run(closed, cwd=tmp_path).returncode == 2 and not (tmp_path / "new").exists()
+
 def test_a_run_killed_while_its_settings_were_written_begins_again(tmp_path):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".settings.json.0123.tmp").write_text('{"model": "ti')
-    with dice.Run(settings(out=str(tmp_path / "run"), dpo_steps=1)):
-        assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "settings.json"}
+    (tmp_path / "run" / ".settings.json.0123abcd.tmp").write_text('{"model": "ti')
+    for _ in range(2):
+        with dice.Run(settings(out=str(tmp_path / "run"), dpo_steps=1)):
+            pass
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "settings.json"}
 
 def test_a_dry_run_plans_and_writes_nothing_and_refuses_a_disk_too_small(tmp_path, monkeypatch, capsys):
     assert small(tmp_path, "--dry-run") == 0
