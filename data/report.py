@@ -1,8 +1,11 @@
 """What comes out of a run: the files of a round, its lines and warnings, and report.md with curves.png.
 
     python data/report.py out/tiny        writes report.md and curves.png again, from the files of the run"""
+import html
 import json
 import math
+import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -10,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # needed as a script
-from data import files, tiny  # noqa: E402
+from data import files, options, tiny  # noqa: E402
 from data.processes import log_info, rank  # noqa: E402
 
 # ---------------------------------------------------------------------------------------- during a run
@@ -118,33 +121,43 @@ def keep_evaluation(run, name, samples):
 
 # ---------------------------------------------------------------------------------------- after a run
 def read_rows(path):
-    """The rows of a file of JSON lines; [] if there is no such file."""
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]
+    """The rows of a file of JSON lines; [] if there is no such file. The run may just be writing the last."""
+    data = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in data[:data.rfind(b"\n") + 1].splitlines()]
+
+def as_text(value):
+    """Text from data, or a name, as a line of markdown that shows it as it is: no tag, link, list, code."""
+    line = html.escape(" ".join(str(value).split()), quote=False)
+    line = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda c: ascii(c[0])[1:-1], line)
+    line = re.sub(r"[\\`*_\[\]|~$#]|:(?=//)|(?<=www)\.", r"\\\g<0>", line)
+    return re.sub(r"^(\d*)([-+=.)])(?!\d)", r"\1\\\2", line)
 
 def write(out):
     """Write report.md and curves.png into the run's directory. Returns the table, with examples if judged."""
     settings, metrics = files.read_json(out / "settings.json"), read_rows(out / "metrics.jsonl")
+    files.require("model" in settings, f"{out}: no settings.json in it; give the directory of a run")
     table, more = training_table(metrics), ""
     text = markdown(table)
-    if (out / "evaluation").exists():
+    if judged_stages(out):
         more = f"\n## Training and rounds\n\n{text}"
         table = judged_table(out, metrics)
-        text = markdown(table) + examples(out, first_stages(out)[-1], table[-1]["stage"])
+        text = markdown(table) + examples(out, judged_stages(out)[-1], table[-1]["stage"])
     shown = ("model", "seed", "rounds", "samples", "gamma", "alpha", "reward", "loss", "beta")
-    about = ", ".join(f"{key} {settings[key]}" for key in shown)
+    about = ", ".join(f"{key} {as_text(settings[key])}" for key in shown if key in settings)
     rounds = "".join(f"- {row['stage']}: {prompts_line(row)}\n" for row in metrics if "alpha" in row)
     if rank() == 0:
         files.write_file(out / "report.md", lambda scratch: scratch.write_text(
-            f"# DICE: {settings['model']}\n\n{about}; the other settings are in settings.json.\n\n"
+            f"# DICE: {as_text(settings['model'])}\n\n{about}; the other settings are in settings.json.\n\n"
             f"{text}{more}\n{rounds}\n![curves](curves.png)\n", encoding="utf-8"))
-        if table:
+        try:
             curves(out, metrics, table)
+        except Exception as error:  # whatever it is, it must not cost the table
+            log_info(f"curves.png was not drawn (it needs matplotlib): {' '.join(str(error).split())}")
     return text
 
-def first_stages(out):
-    """The judged stages before the first round. The rounds are compared with the last of them."""
-    return [stage for stage in ("sft", "dpo") if (out / "evaluation" / f"{stage}.jsonl").exists()]
+def judged_stages(out, rounds=()):
+    """The judged stages among SFT, DPO and the rounds. Rounds are compared with the last before them."""
+    return [x for x in ("sft", "dpo", *rounds) if (out / "evaluation" / f"{x}.jsonl").exists()]
 
 def judged_answers(out, stage):
     """Gold scores, rewards (NaN where there is none) and lengths in characters of the held-out answers."""
@@ -154,9 +167,9 @@ def judged_answers(out, stage):
 def judged_table(out, metrics):
     """The tiny world's table, a dict per stage. Win rates: against the model before round 1, same prompts."""
     rounds = {row["stage"]: row for row in metrics if "alpha" in row}
-    first, table = first_stages(out), []
+    first, table = judged_stages(out), []
     base, _, base_chars = judged_answers(out, first[-1])
-    for stage in [*first, *rounds]:
+    for stage in judged_stages(out, rounds):
         about, (gold, reward, chars) = rounds.get(stage, {}), judged_answers(out, stage)
         win, controlled = tiny.win_rates(gold, base, chars, base_chars)
         right = about.get("pairs_right", np.nan) if about.get("generated_pairs") else np.nan
@@ -180,7 +193,8 @@ def training_table(metrics):
     for stage in dict.fromkeys(row["stage"] for row in metrics):
         rows = [row for row in metrics if row["stage"] == stage]
         steps = [row for row in rows if "step" in row]
-        last, about = steps[-max(1, len(steps) // 10):], next((row for row in rows if "alpha" in row), {})
+        last = steps[-max(1, len(steps) // 10):] or [{}]
+        about = next((row for row in rows if "alpha" in row), {})
         means = {key: np.mean([x.get(key, np.nan) for x in last]) for key in ("loss", "accuracy", "margin")}
         of_round = {key.replace("_", " "): about.get(key) for key in shown}
         table.append({"stage": stage, "steps": len(steps), **means, **of_round})
@@ -203,21 +217,17 @@ def examples(out, base, stage):
     text = ""
     before, after = (read_rows(out / "evaluation" / f"{name}.jsonl") for name in (base, stage))
     for old, new in list(zip(before, after))[:12:4]:  # a prompt has four answers
-        text += f"\n**{old['prompt']}**\n"
+        text += f"\n**{as_text(old['prompt'])}**\n"
         for name, row in ((base, old), (stage, new)):
-            text += f"- {name}, gold {row['gold']:.2f}: {row['text']}\n"
+            text += f"- {name}, gold {row['gold']:.2f}: {as_text(row['text'])}\n"
     return text
 
 def curves(out, metrics, table):
     """curves.png: DPO loss and reward accuracy by step; lengths, and with a judge the win rates, by stage."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("curves.png was not drawn: pip install matplotlib", file=sys.stderr)
-        return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(1, 3, figsize=(12, 3.5))
+    os.environ.pop("MPLBACKEND", None)  # Jupyter's may name a module that is not installed here
+    from matplotlib.figure import Figure  # draws into files: without pyplot no window is asked for
+    figure = Figure(figsize=(12, 3.5), layout="tight")
+    axes = figure.subplots(1, 3)
     steps = list(enumerate(row for row in metrics if "margin" in row))
     for axis, key in zip(axes, ("loss", "accuracy")):
         for stage in dict.fromkeys(row["stage"] for _, row in steps):
@@ -226,7 +236,7 @@ def curves(out, metrics, table):
     if steps:
         axes[0].legend()
     names = [row["stage"] for row in table]
-    if "win rate" in table[0]:
+    if table and "win rate" in table[0]:
         for key in ("win rate", "length-controlled"):
             axes[2].plot(names, [row[key] for row in table], marker="o", label=f"{key}, %")
         axes[2].plot(names, [row["characters"] for row in table], "k--", label="characters")
@@ -234,9 +244,11 @@ def curves(out, metrics, table):
         axes[2].plot(names, [row.get("answer chars") for row in table], "k--", marker="o", label="characters")
     axes[2].set(title="answers")
     axes[2].legend()
-    figure.tight_layout()
     files.write_file(out / "curves.png", lambda scratch: figure.savefig(scratch, dpi=100, format="png"))
-    pyplot.close(figure)
+
+@options.command("report.py")
+def main(argv=None):
+    print(write(Path(*(argv or sys.argv[1:]))))
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1])))
+    raise SystemExit(main())
