@@ -941,7 +941,7 @@ def prefill(model, prompts):
 
 def sample_token(logits, uniform, sampling):
     """Logits (B, V) and a random number in [0, 1) for each row (B,) -> token ids (B,)."""
-    if sampling.temperature == 0:
+    if sampling.temperature < TINIEST:  # 0 is greedy, and so is all that float32 cannot divide by
         return logits.argmax(-1)
     probs, token = (logits.float() / sampling.temperature).softmax(-1), None  # (B, V)
     if sampling.top_p < 1:

@@ -19,7 +19,7 @@ import model as models
 from data.files import InputError, read_json, require
 from data.processes import Interrupted, is_first, log_info, lost_contact, own_device
 
-TINIEST = sys.float_info.min  # as a least value: anything above 0
+TINIEST = 1e-30  # as a least value: anything above 0 that float32 can divide by
 
 def option(default, help, least=-math.inf, most=math.inf, choices=None, identity=True, base=False,
            contents=False):
@@ -200,8 +200,7 @@ def check_value(name, value, f):
     least, most, choices = f.metadata["least"], f.metadata["most"], f.metadata["choices"] or (value,)
     require(value in choices, f"{flag(name)} {value}: choose one of {', '.join(map(str, choices))}")
     if type(f.default) in (int, float):
-        bound = "above 0" if least == TINIEST else f"at least {least}"
-        bound += f" and at most {most}" if most < math.inf else ""
+        bound = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
         require(least <= value <= most and math.isfinite(value), f"{flag(name)} {value}: must be {bound}")
 
 def read_alpha(text):

@@ -17,6 +17,7 @@ import dice
 import model as models
 from data import files, options, report, runs, tiny
 from data.files import InputError
+from data.options import TINIEST
 from data.processes import batches
 from model import Config
 
@@ -229,6 +230,17 @@ def test_a_token_is_drawn_from_the_distribution_and_from_its_nucleus():
         assert drawn <= nucleus and len(drawn) >= 0.6 * len(nucleus)
     row, edge = torch.tensor([[-math.inf, 0.0, -math.inf]] * 2), torch.tensor([0.0, 1 - 2**-24])
     assert dice.sample_token(row, edge, dice.Sampling(1.0)).tolist() == [1, 1]
+
+@pytest.mark.parametrize("option, least", [("--temperature", 0), ("--top-p", TINIEST)])
+def test_6_the_least_values_of_a_draw_take_the_likeliest_token(option, least):
+    row, edge = torch.stack([torch.arange(3000.0), -torch.arange(3000.0)]), torch.tensor([0.0, 1 - 2**-24])
+    for value in (1e-50, 1e-40, 1e-38, 1e-31, 1e-30, 1e-29, 1e-3):
+        if value >= least:
+            drawn = dice.sample_token(row, edge, parsed(option, value).sampling)
+            assert drawn.tolist() == row.argmax(-1).tolist()
+        else:
+            with pytest.raises(InputError, match="must be at least 1e-30"):
+                parsed(option, value)
 
 # ------------------------------------------------------------------------------------- log-probs
 @FAMILIES

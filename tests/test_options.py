@@ -31,8 +31,8 @@ def test_nested_settings_are_flat_outside():
 
 @pytest.mark.parametrize("name, value, told", [
     ("name", "c", "--name c: choose one of a, b"), ("count", 0, "--count 0: must be at least 1"),
-    ("depth", 0.0, "--depth 0.0: must be above 0 and at most 2"), ("depth", 2.1, "--depth 2.1: must be"),
-    ("depth", math.nan, "--depth nan"), ("count", math.inf, "--count inf: must be at least 1")])
+    ("depth", 0.0, "--depth 0.0: must be at least 1e-30 and at most 2"),
+    ("depth", 2.1, "--depth 2.1: must be"), ("depth", math.nan, "--depth nan"), ("count", math.inf, "--count inf: must be at least 1")])
 def test_a_value_out_of_its_range_or_choices_is_refused(name, value, told):
     about = options.all_options(Outer)[name]
     options.check_value(name, about.default, about)
