@@ -7,6 +7,7 @@ import functools
 import inspect
 import math
 import os
+import re
 import sys
 import time
 from dataclasses import field, fields, is_dataclass
@@ -20,8 +21,9 @@ from data.files import InputError, read_json, require
 from data.processes import Interrupted, is_first, log_info, lost_contact, own_device
 
 TINIEST = 1e-30  # as a least value: anything above 0 that float32 can divide by
+LARGEST = 10**18  # every integer below it, and the seed after it, has a place in 64 bits
 
-def option(default, help, least=-math.inf, most=math.inf, choices=None, identity=True, base=False,
+def option(default, help, least=-LARGEST, most=LARGEST, choices=None, identity=True, base=False,
            contents=False):
     """A setting. identity: it changes what a run computes, so a run goes on with the same value only. base:
     the models before the first round depend on it, and --start-from does not allow another value. contents:
@@ -200,8 +202,8 @@ def check_value(name, value, f):
     least, most, choices = f.metadata["least"], f.metadata["most"], f.metadata["choices"] or (value,)
     require(value in choices, f"{flag(name)} {value}: choose one of {', '.join(map(str, choices))}")
     if type(f.default) in (int, float):
-        bound = f"at least {least}" + (f" and at most {most}" if most < math.inf else "")
-        require(least <= value <= most and math.isfinite(value), f"{flag(name)} {value}: must be {bound}")
+        require(least <= value <= most,
+                f"{flag(name)} {value}: must be at least {least:g} and at most {most:g}")
 
 def read_alpha(text):
     """--alpha ("auto", "2x" or a number) -> (number, is it a multiple of alpha*?). ValueError for others."""
@@ -228,13 +230,15 @@ def resolve(settings):
             f"--reward-reference {s.reward_reference}: needs --reward implicit, not {s.reward}")
     require(s.weights == "real" or s.model != "tiny", "--weights dummy: stands in for a --model NAME only")
     require(not s.reference or s.model != "tiny", f"--reference {s.reference}: give its --model too")
+    require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", s.device),
+            f"--device {s.device}: must be auto, cpu, cuda, or one GPU by its number, such as cuda:1")
     if s.device == "auto":
         s.device = "cuda" if torch.cuda.is_available() else "cpu"
     if s.dtype == "auto":
         s.dtype = "bfloat16" if s.device.startswith("cuda") else "float32"
     try:
         torch.empty(1, device=own_device(s.device))
-    except (RuntimeError, AssertionError) as error:  # an unknown name, or a device that is not there
+    except (RuntimeError, AssertionError) as error:  # a device that is not there
         raise InputError(f"--device {s.device}: {str(error).splitlines()[0]}") from None
 
 def check_data(s, data):

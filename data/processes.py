@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from data.files import InputError
+
 def own_device(device):
     """With torchrun, "cuda" is a GPU of its own for each process."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in os.environ else device
@@ -20,7 +22,11 @@ def join_processes(device):
     device = own_device(device)
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         # A process may wait long for another one's chunk. If another process ends, it notices at once.
-        dist.init_process_group(backend_for(device), timeout=timedelta(days=7))
+        try:
+            dist.init_process_group(backend_for(device), timeout=timedelta(days=7))
+        except (ValueError, RuntimeError) as error:  # RANK is not set, MASTER_PORT is no number, ...
+            raise InputError(f"WORLD_SIZE={os.environ['WORLD_SIZE']}: the processes cannot meet ({error}); "
+                             "start them with torchrun, or unset WORLD_SIZE", alone=True) from None
     if ":" in device:
         torch.cuda.set_device(device)  # FSDP takes the current one
     if device.startswith("cuda"):

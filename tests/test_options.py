@@ -1,7 +1,11 @@
 """data/options.py: how a command line becomes settings, what is refused, and what makes two runs the same."""
 import json
 import math
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 from test_dice import parsed
@@ -32,7 +36,8 @@ def test_nested_settings_are_flat_outside():
 @pytest.mark.parametrize("name, value, told", [
     ("name", "c", "--name c: choose one of a, b"), ("count", 0, "--count 0: must be at least 1"),
     ("depth", 0.0, "--depth 0.0: must be at least 1e-30 and at most 2"),
-    ("depth", 2.1, "--depth 2.1: must be"), ("depth", math.nan, "--depth nan"), ("count", math.inf, "--count inf: must be at least 1")])
+    ("depth", 2.1, "--depth 2.1: must be"), ("depth", math.nan, "--depth nan"),
+    ("count", math.inf, "--count inf: must be at least 1")])
 def test_a_value_out_of_its_range_or_choices_is_refused(name, value, told):
     about = options.all_options(Outer)[name]
     options.check_value(name, about.default, about)
@@ -72,8 +77,37 @@ def test_auto_is_decided_once_and_10_alpha_has_one_spelling():
     for bad in ("-1", "x", "nan", "inf", "-1x"):
         with pytest.raises(InputError, match=f"--alpha {bad}: must be auto"):
             parsed(f"--alpha={bad}")
-    with pytest.raises(InputError, match="--device abacus"):
-        parsed("--device", "abacus")
+
+@pytest.mark.parametrize("device", ["abacus", "meta", "cpu:0", "cuda:x", "cuda:99", "cuda:-1"])
+def test_16_a_device_that_no_run_can_use_is_refused(device):
+    with pytest.raises(InputError, match=f"--device {device}: "):
+        parsed("--device", device)
+
+def test_16_every_number_of_the_command_line_has_a_largest_value_that_torch_and_numpy_bear():
+    for name, about in options.all_options(dice.Settings).items():
+        if type(about.default) is int:
+            with pytest.raises(InputError, match="and at most 1e.18"):
+                parsed(options.flag(name), 10**400)
+    with pytest.raises(InputError, match=f"--seed {2**64}: "):
+        parsed("--seed", 2**64)
+    dice.new_model(models.tiny_model()[0], parsed("--seed", 10**18).seed + 1)
+
+def test_16_another_package_named_data_does_not_hide_ours(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "__init__.py").touch()
+    root, environment = Path(dice.__file__).parent, os.environ | {"PYTHONPATH": str(tmp_path)}
+    for script in ("dice.py", "data/ultrafeedback.py"):
+        command = [sys.executable, root / script, "--help"]
+        subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, check=True)
+
+@pytest.mark.parametrize("variables", [
+    {}, {"RANK": "x"}, {"RANK": "0"}, {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}])
+def test_16_a_part_of_the_variables_of_torchrun_is_one_line(variables, monkeypatch, capsys):
+    for name, value in {"WORLD_SIZE": "1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    assert dice.main(["--device", "cpu"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "WORLD_SIZE=1: the processes cannot meet" in line and "unset WORLD_SIZE" in line
 
 def differences(old, **changes):
     """What a run with these settings says of an older run's settings.json."""
