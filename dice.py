@@ -273,9 +273,8 @@ def sample_answers(run, s, label, policy, prompts, count, stream):
 
 def draw_answers(model, prompts, rows, s, count, stream, stop_ids):
     """For run.map: yields (index, (ids, finish reason)) of `count` answers to each prompt."""
-    ids = [p.ids for p in prompts]
-    for i, k, tokens, finish in generate(model, ids, count, s.sampling, stop_ids=stop_ids, seed=s.seed,
-                                         stream=stream, rows=rows):
+    for i, k, tokens, finish in generate(model, [p.ids for p in prompts], count, s.sampling, seed=s.seed,
+                                         stop_ids=stop_ids, stream=stream, rows=rows):
         yield i * count + k, (tokens, finish)
 
 def add_logprobs(run, label, samples, model_dir, name="logprob"):
@@ -977,8 +976,8 @@ class DecodingBatch:
     #     take_finished       run  run  run  run   -    -      row 5 has moved into row 1
     #     add                 run  run  run  run  new  new     new prompts come in behind
     # All state is on the device, so that a step does not wait for the GPU.
-    def __init__(self, model, rows, capacity, sampling, stop_ids):
-        device, limit = model.device, sampling.max_new_tokens
+    def __init__(self, model, rows, capacity, limit, sampling, stop_ids):
+        device = model.device
         self.model, self.sampling, self.stop_ids = model, sampling, set(stop_ids)
         self.is_stop = torch.zeros(model.config.vocab_size, device=device, dtype=torch.bool)
         self.is_stop[list(stop_ids)] = True
@@ -1082,11 +1081,13 @@ def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0,
     # prompts: lists of ids, each shorter than the context. rows: sequences at once, at most. on_token: is
     # called with each id as it is drawn, for a single sequence. index: of the prompt. number: 0 .. count - 1.
     # ids: of the answer, with its end token. The finish reason is "stop", or "length": the answer was cut.
-    config, limit = model.config, sampling.max_new_tokens
+    context = model.config.context
+    # No answer is longer than the room behind the shortest prompt, whatever --max-new-tokens says.
+    limit = min(sampling.max_new_tokens, context - min(map(len, prompts)))
     rows = max(count, min(rows, len(prompts) * count) // count * count)  # all answers of a prompt, or none
     # All rows have room for the longest prompt and the longest answer.
-    capacity = min(config.context, max(map(len, prompts)) + limit)
-    batch = DecodingBatch(model, rows, capacity, sampling, stop_ids)
+    capacity = min(context, max(map(len, prompts)) + limit)
+    batch = DecodingBatch(model, rows, capacity, limit, sampling, stop_ids)
     # To ask a GPU which rows have ended is to wait for it. So it is asked every 16 steps only. Until then the
     # rows that have ended compute in vain.
     steps = 16 if batch.cache.varlen and on_token is None else 1
@@ -1097,7 +1098,7 @@ def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0,
         if waiting and room:
             group = [waiting.popleft() for _ in range(min(room, len(waiting)))]
             uniform = [uniform_numbers(seed, stream, ids, k, limit) for _, ids in group for k in range(count)]
-            limits = [min(limit, config.context - len(ids)) for _, ids in group]
+            limits = [min(limit, context - len(ids)) for _, ids in group]
             batch.add(group, count, np.stack(uniform), limits)
         else:
             for _ in range(steps):

@@ -176,7 +176,7 @@ def parse(settings_class, description, losses, argv=None):
     settings = build(settings_class, values)
     settings.of_losses = losses.own  # for what an absent one of them is in the settings.json of an older run
     settings.loss_options = losses.options_of(loss, {k: v for k, v in values.items() if k not in options})
-    settings.out = settings.out or f"out/{Path(settings.model).name}"
+    settings.out = settings.out or f"out/{os.path.basename(os.path.abspath(settings.model))}"
     resolve(settings)
     return settings, dry_run
 
@@ -229,6 +229,10 @@ def resolve(settings):
     require(s.reward == "implicit" or s.reward_reference == "previous",
             f"--reward-reference {s.reward_reference}: needs --reward implicit, not {s.reward}")
     require(s.weights == "real" or s.model != "tiny", "--weights dummy: stands in for a --model NAME only")
+    require(s.min_chars + 1 < s.max_chars, f"--min-chars {s.min_chars}: no answer is longer than that and "
+            f"shorter than --max-chars {s.max_chars}; give a smaller one")
+    require(s.data_filter == "none" or s.rounds or s.reward != "implicit", f"--data-filter {s.data_filter}: "
+            "does nothing with --rounds 0; give a round, or leave it out")
     require(not s.reference or s.model != "tiny", f"--reference {s.reference}: give its --model too")
     require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", s.device),
             f"--device {s.device}: must be auto, cpu, cuda, or one GPU by its number, such as cuda:1")
@@ -259,10 +263,11 @@ def check_data(s, data):
 def report_unused(rows, pairs, limit, s):
     """Log how many offline pairs are left out. InputError if all are."""
     same = sum(row.chosen == row.rejected for row in rows)
-    if len(pairs) < len(rows):
-        long = len(rows) - len(pairs) - same
+    long = len(rows) - len(pairs) - same
+    if long or same:
         log_info(f"{len(pairs)} of {len(rows)} offline pairs are used: {long} are longer than {limit} tokens,"
                  f" {same} have the same answer twice")
+    require(pairs or long or not rows, f"{s.preferences}: every pair has the same answer twice; give others")
     require(pairs or not rows, f"{s.preferences}: no pair can be used within {limit} tokens; raise "
             "--max-tokens, or take a model with a longer context")
 

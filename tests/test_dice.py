@@ -145,6 +145,14 @@ def test_a_sample_depends_on_seed_stream_prompt_and_number_alone():
     for other in (sample_all(net, PROMPTS, 4, seed=1), sample_all(net, PROMPTS, 4, stream=1)):
         assert sum(other[key] != whole[key] for key in whole) > 20
 
+def test_17_a_limit_beyond_the_context_costs_nothing_and_changes_no_draw():
+    net = network(LLAMA)
+    found = sample_all(net, PROMPTS, 4, max_new_tokens=10**12)
+    assert found == sample_all(net, PROMPTS, 4, max_new_tokens=LLAMA.context)
+    cut = sample_all(net, PROMPTS, 4, max_new_tokens=30)
+    assert all(ids[:30] == cut[key][0] for key, (ids, _) in found.items())
+    assert max(len(ids) for ids, _ in found.values()) > 30
+
 def test_samples_end_with_a_stop_token_or_at_the_limit_and_differ():
     prompts = random_ids(np.random.default_rng(0), 5, 1, 60)
     found = sample_all(network(LLAMA), prompts, 16, stop_ids=(7, 8))
@@ -201,7 +209,7 @@ def test_a_step_on_a_gpu_waits_for_nothing(monkeypatch):
     with torch.device("meta"):
         net = dice.Transformer(LLAMA3).bfloat16()
     for top_p in (1.0, 0.9):
-        batch = dice.DecodingBatch(net, 8, 60, dice.Sampling(0.9, top_p, 30), [1, 2])
+        batch = dice.DecodingBatch(net, 8, 60, 30, dice.Sampling(0.9, top_p), [1, 2])
         batch.request, batch.cache.longest = [(0, 0)] * 6, 5
         batch.forward(8)
         assert batch.token.shape == (8,)
@@ -599,6 +607,8 @@ def refused(capsys, tmp_path, *argv):
     ("--reward nobody", "nobody: not a model directory"), ("--rejected best", "choose one of worst, random"),
     ("--dpo-steps 0", "--dpo-steps 0: the implicit reward needs"),
     ("--weights dummy", "--weights dummy: stands in for a --model NAME"),
+    ("--min-chars 50 --max-chars 51", "--min-chars 50: no answer is longer than that and shorter than"),
+    ("--data-filter fdpo --rounds 0", "--data-filter fdpo: does nothing with --rounds 0"),
     ("--reward gold --reward-reference first", "--reward-reference first")])
 def test_bad_settings_are_refused(argv, told, tmp_path, capsys):
     files.write_rows(tmp_path / "DATA", [GOOD])
@@ -697,6 +707,12 @@ def test_a_prompt_of_10_mb_is_refused_by_its_line_and_such_a_pair_is_left_out(wo
     code, told, _ = world(["Hello"], [*OFFLINE, ("B", combining, "Other.")], lambda i, k: f"Answer {k}.")
     assert code == 0 and "4 of 5 offline pairs are used: 1 are longer than 128 tokens" in told.err
     assert time.monotonic() - started < 40
+
+def test_17_pairs_of_equal_answers_alone_are_not_told_to_be_too_long(world):
+    same = [("A", "same", "same"), ("B", "too", "too")]
+    code, told, _ = world(["Hello"], same, lambda i, k: f"Answer {k}.")
+    assert code == 2 and "pairs.jsonl: every pair has the same answer twice" in told.err
+    assert "--max-tokens" not in told.err
 
 def test_answers_of_one_token(world, checkpoint):
     """The end token alone may be an offline answer; sampled, it has too few characters to be used."""

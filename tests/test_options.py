@@ -63,6 +63,12 @@ def test_the_command_line_stands_above_the_loss_above_the_preset_above_the_class
     with pytest.raises(InputError, match="--target-margin 3.0: --loss dpo does not read it"):
         parsed("--target-margin", 3)
 
+def test_17_a_run_is_named_after_the_directory_of_its_model(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "deep").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine" / "deep")
+    for model, out in (("..", "out/mine"), (".", "out/deep"), ("../deep/", "out/deep"), ("tiny", "out/tiny")):
+        assert parsed("--model", model).out == out
+
 def test_prompts_of_a_preset_belong_to_its_own_preferences():
     uf = models.PRESETS["llama3-8b"].settings["prompts"]
     assert parsed("--model", "llama3-8b").prompts == uf
