@@ -437,14 +437,12 @@ def find_tensors(directory: Path) -> dict[str, tuple[Path, tuple, str]]:
 
 def check_weights(directory, config: Config):
     """Where a checkpoint keeps each of our parameters: (name -> stored_parts, find_tensors). Reads headers.
-    Raises InputError for a damaged file and for missing, surplus or misshapen tensors, by name."""
+    Raises InputError for a damaged file and for missing, surplus, misshapen or untied tensors, by name."""
     directory, shapes = Path(directory), parameter_shapes(config)
     tensors = find_tensors(directory)
     bare = config.position == "learned" and "wte.weight" in tensors
     plan = {name: stored_parts(config, name, shape[0], bare) for name, shape in shapes.items()}
     surplus = {name for name in tensors if not BUFFERS.search(name)}
-    if config.tied:
-        surplus.discard("lm_head.weight")  # a copy of the embedding
     for name, (parts, transposed) in plan.items():
         for part, rows in parts:
             wanted = (rows, *shapes[name][1:])[::-1 if transposed else 1]
@@ -453,6 +451,12 @@ def check_weights(directory, config: Config):
             require(shape == wanted and kind in FLOATS,
                     f"{file}: {part} {problem}; config.json needs shape {wanted}, floating point")
             surplus.discard(part)
+    if config.tied and "lm_head.weight" in surplus:
+        embedding = plan["embed.weight"][0][0][0]
+        require(same_tensor(tensors, "lm_head.weight", embedding),
+                f"{directory}: lm_head.weight is not equal to {embedding}, but config.json says "
+                "tie_word_embeddings true; say false there, or take lm_head.weight out of the file")
+        surplus.discard("lm_head.weight")
     require(not surplus, f"{directory}: config.json has no place for: {', '.join(sorted(surplus)[:3])}")
     return plan, tensors
 
@@ -465,6 +469,15 @@ def hash_of(*directories):
                 with open(path, "rb") as file:
                     digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+def same_tensor(tensors, name, other):
+    """Are two of the tensors that find_tensors gives equal? Reads some rows at a time."""
+    (file, *form), (other_file, *other_form) = tensors[name], tensors[other]
+    if form != other_form:
+        return False
+    with open_safetensors(file) as a, open_safetensors(other_file) as b:
+        a, b = a.get_slice(name), b.get_slice(other)
+        return all(torch.equal(a[i:i + 4096], b[i:i + 4096]) for i in range(0, form[0][0], 4096))
 
 def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tensor]:
     """The state_dict of a checkpoint under our names, on the CPU, as `dtype` (None: as stored). One tensor is

@@ -152,6 +152,23 @@ def test_fusing_by_hand(tmp_path, tokenizer):
     save_file(stored, tmp_path / "gpt2" / "model.safetensors")
     assert same(model.read_weights(tmp_path / "gpt2", GPT2), state)
 
+@pytest.mark.parametrize("shard", [10 ** 9, 3000])
+def test_a_tied_head_must_be_the_embedding(tmp_path, monkeypatch, tokenizer, shard):
+    """transformers uses such a head, and ties nothing. Without it the model would be another one."""
+    monkeypatch.setattr(model, "SHARD_BYTES", shard)
+    untied, tied = replace(LLAMA, vocab_size=5000, raw={}), replace(LLAMA, vocab_size=5000, tied=True)
+    state = random_state(untied)
+    for change, told in [(0, None), (1, "lm_head.weight is not equal to model.embed_tokens.weight.*tie_word")]:
+        state["head.weight"] = state["embed.weight"].clone()
+        state["head.weight"][-1, -1] += change  # the last number of many rows
+        directory = tmp_path / f"{change}"
+        model.write_checkpoint(directory, untied, state, tokenizer)
+        if told:
+            with pytest.raises(InputError, match=told):
+                model.read_weights(directory, tied)
+        else:
+            assert "head.weight" not in model.read_weights(directory, tied)
+
 # ---------------------------------------------------------------------------------------- damaged checkpoints
 @pytest.fixture
 def saved(tmp_path, tokenizer):
