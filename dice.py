@@ -1147,8 +1147,8 @@ def load_pairs(rows, tokenizer, s, context):
     pairs, limit = [], min(s.max_tokens, context)
     for row in rows:
         scores, encode = row.scores or (math.nan, math.nan), tokenizer.answer
-        require(scores[0] > scores[1] or not LOSSES.needs(s.loss, "score"), f'{row.where}: --loss {s.loss} '
-                f'needs "score_chosen" above "score_rejected", not {row.scores}; correct or remove the row')
+        require(np.diff(np.float32(scores)) < 0 or not LOSSES.needs(s.loss, "score"), f'{row.where}: --loss '
+                f'{s.loss} needs "score_chosen" above "score_rejected" in float32; correct or remove the row')
         prompt = Prompt(row.prompt, tokenizer.prompt(row.prompt), row.steps)
         if row.steps is not None:
             # Step-DPO (arXiv 2406.18629): the first steps belong to the prompt. Only the next step is scored,

@@ -10,6 +10,9 @@ from typing import NamedTuple
 from data.files import InputError, parse_json, require
 
 ROLES = ("system", "user", "assistant")
+# Fields that make a prompt another one. prompt_of() reads two of them, and refuses what it does not read.
+PROMPT_FIELDS = ("input", "system", "system_prompt", "history", "context", "documents", "tools", "images",
+                 "image", "videos", "audios", "chat_template_kwargs")
 
 @dataclass
 class Data:
@@ -103,17 +106,25 @@ def preference(row, where):
     return Preference(where, prompt, chosen, rejected, scores, steps)
 
 def prompt_of(row, where):
+    """The prompt of a row. Alpaca's "input" follows its "instruction" after a blank line, as it does in
+    Alpaca's own template. "system" becomes a system message."""
     key = next((key for key in ("prompt", "instruction") if key in row), "chosen")
-    prompt = row.get(key)
+    prompt, fields = row.get(key), {name: row[name] for name in PROMPT_FIELDS if row.get(name)}
     if key == "chosen":  # two conversations, of which all turns but the last are the prompt
         require(isinstance(prompt, list) and isinstance(row.get("rejected"), list),
                 f'{where}: has no "prompt" or "instruction", but {sorted(row)[:8]}')
         prompt = prompt[:-1]
     if isinstance(prompt, str):
-        return prompt
+        if key == "instruction" and isinstance(fields.get("input"), str):
+            prompt += "\n\n" + fields.pop("input")
+        prompt = [{"role": "user", "content": prompt}]
     check_turns(prompt, f'{where}: "{key}"')
     require(prompt[-1]["role"] != "assistant",
             f'{where}: "{key}" ends with an assistant turn; it must end before the answer')
+    if isinstance(fields.get("system"), str) and prompt[0]["role"] != "system":
+        prompt = [{"role": "system", "content": fields.pop("system")}, *prompt]
+    require(not fields, f"{where}: {', '.join(fields)} would be left out of the prompt; put what it says "
+            f'into "{key}", and remove it')
     if len(prompt) == 1 and prompt[0]["role"] == "user":
         return prompt[0]["content"]
     return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]  # equal prompts are equal

@@ -27,6 +27,33 @@ def test_scores_that_are_no_numbers_are_refused(score, tmp_path):
     with pytest.raises(InputError, match='line 1: "score_chosen" and "score_rejected" must both be numbers'):
         jsonl.read_preferences(tmp_path / "rows.jsonl")
 
+ALPACA = {"instruction": "Translate.", "output": ["Hallo", "Hello"]}
+TEXT, USER = "Translate.\n\nHi", {"role": "user", "content": "Hello"}
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+@pytest.mark.parametrize("row, expected", [
+    (ALPACA | {"input": "", "system": None, "history": []}, "Translate."), (ALPACA | {"input": "Hi"}, TEXT),
+    (ALPACA | {"input": "Hi", "system": "Be brief."}, [SYSTEM, {"role": "user", "content": TEXT}]),
+    (ROWS[0] | {"system": "Be brief."}, TURNS), (ROWS[2] | {"prompt": [USER], "system": "Be brief."}, TURNS),
+    (ROWS[3] | {"prompt": "Hello", "system": "Be brief."}, TURNS),
+    ({"instruction": "Hi", "dataset": "koala", "generator": "x", "output": "Yes"}, "Hi"),  # AlpacaEval
+    (ROWS[0] | {"prompt_id": "0f", "messages": [USER], "source": "x"}, "Hello"),  # UltraFeedback
+    (ROWS[2] | {"system": "Be kind."}, None), (ROWS[2] | {"input": "Hi"}, None),
+    (ROWS[0] | {"input": "Hi"}, None), (ALPACA | {"input": ["Hi"]}, None),
+    (ALPACA | {"system": 1}, None),
+    *[(ALPACA | {name: value}, None) for name in ("history", "context", "tools", "images", "system_prompt")
+      for value in ("a", ["a"])]])
+def test_all_fields_of_a_prompt_are_read_or_refused(row, expected, tmp_path):
+    (tmp_path / "rows.jsonl").write_bytes(lines([ROWS[0], row]))
+    if expected is None:
+        with pytest.raises(InputError, match=f"line 2: {list(row)[-1]} would be left out of the prompt"):
+            jsonl.read_prompts(tmp_path / "rows.jsonl")
+    else:
+        assert jsonl.read_prompts(tmp_path / "rows.jsonl")[-1][1] == expected
+        assert jsonl.prompt_of(row, "") == expected
+        if row["output" if "output" in row else "chosen"] != "Yes":
+            assert jsonl.preference(row, "").prompt == expected
+
 def test_any_json_lines_are_read_or_refused(tmp_path):
     path, changed = tmp_path / "rows.jsonl", mutated(ROWS, 2).filter(bool)
     tiny.write_tokenizer(tmp_path)
@@ -56,7 +83,8 @@ def test_any_json_lines_are_read_or_refused(tmp_path):
     (b"\xef\xbb\xbf", b"\n", "line 1: .*: Unexpected UTF-8 BOM"), (b"\xff\xfe", b"\n", "not UTF-8"),
     (b"\0", b"\n", "line 1: not valid JSON"), (b"", b"", "line 1: not valid JSON"),
     (b'{"prompt": %s}\n' % (b"[" * 200 + b"]" * 200), b"\n", "too deep"),
-    (b'{"prompt": 1%s}\n' % (b"0" * 9999), b"\n", "line 1: not valid JSON")])
+    (b'{"prompt": 1%s}\n' % (b"0" * 9999), b"\n", "line 1: not valid JSON"),
+    (b'{"prompt": "a", "x": {"y": 1, "y": 1}}\n', b"\n", "line 1: .*: the key 'y' is there twice")])
 def test_line_ends_marks_and_depth(start, end, told, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(start + lines(ROWS, end))

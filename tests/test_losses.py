@@ -254,6 +254,7 @@ def test_scores_and_steps_are_read_and_pairs_come_back_as_they_went_out(tmp_path
     ({"score_chosen": 1.0}, 'line 2: "score_chosen" and "score_rejected" must both be numbers'),
     ({"score_chosen": 1.0, "score_rejected": 1.0}, "line 2: --loss odpo needs"),
     ({"score_chosen": 1.0, "score_rejected": 2.0}, "line 2: --loss odpo needs"),
+    ({"score_chosen": 1.0 + 1e-9, "score_rejected": 1}, "line 2: --loss odpo needs"),  # log(0) in float32
     ({"score_chosen": "good", "score_rejected": 2.0}, "line 2: "),
     ({"initial_reason_steps": 5, "score_chosen": 2, "score_rejected": 1}, 'line 2: "initial_reason_steps"')])
 def test_what_odpo_and_step_dpo_cannot_use_is_refused_by_line(changes, told, checkpoint, tmp_path, capsys):
