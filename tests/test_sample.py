@@ -1,4 +1,5 @@
 """sample.py: what it prints, what it writes, and what it refuses before any work is done."""
+import dataclasses
 import io
 import json
 import os
@@ -163,6 +164,18 @@ def test_a_prompt_longer_than_the_context_is_named_by_file_and_line(capsys, tmp_
     ("--prompts b --output no/such/directory/answers.json", "no/such/directory")])
 def test_bad_input_is_one_line(capsys, tiny_model, argv, words):
     assert words in refused(capsys, "--model", tiny_model, *argv.split())
+
+@pytest.mark.parametrize("change, told", [
+    ({}, "is a reward model"), ({"id2label": {"0": "good"}}, "is a reward model"),
+    ({"architectures": ["LlamaForCausalLM"]}, "no place for: score.weight")])
+def test_a_reward_model_gives_no_text(capsys, tmp_path, change, told):
+    config, tokenizer = models.tiny_model()
+    config = dataclasses.replace(config, num_labels=1 if change else 2)
+    models.write_checkpoint(tmp_path / "m", config, dice.new_model(config, 0).state_dict(), tokenizer)
+    path = tmp_path / "m" / "config.json"
+    names = {"architectures": ["LlamaForSequenceClassification"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | names | change))
+    assert told in refused(capsys, "--model", tmp_path / "m", "--prompt", "a")
 
 def test_unknown_models_and_devices(capsys, tiny_model):
     assert "--model NAME" in refused(capsys, "--prompt", "a")
