@@ -250,9 +250,16 @@ class StandIn:
 def read_tokenizer(directory, chat="auto") -> Tokenizer:
     """The tokenizer of a model directory: tokenizer.json (BPE), or Llama-3's rank file tokenizer.model.
     chat: auto (recognise the template), llama3, zephyr, chatml or plain. InputError names the file."""
-    directory = Path(directory)
-    paths = [directory / name for name in TOKENIZER_FILES]
-    files = {path.name: path.read_bytes() for path in paths if path.is_file()}
+    directory, files = Path(directory), {}
+    home = directory.resolve()
+    # In the hub's cache a model's files are links: snapshots/REVISION/NAME -> ../../blobs/HASH.
+    blobs = home.parents[1] / "blobs" if home.parent.name == "snapshots" else home
+    for path in (directory / name for name in TOKENIZER_FILES):
+        if path.is_file():
+            place = path.resolve()  # they are copied into every policy, so no other file may be
+            require(place.is_relative_to(home) or place.is_relative_to(blobs),
+                    f"{path}: is a link to a file outside of its directory; put a copy in its place")
+            files[path.name] = path.read_bytes()
     require("tokenizer.json" in files or "tokenizer.model" in files,
             f"{directory}: no tokenizer.json and no tokenizer.model (Llama-3's rank file)")
     settings = read_json(directory / "special_tokens_map.json")

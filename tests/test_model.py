@@ -158,7 +158,7 @@ def test_a_tied_head_must_be_the_embedding(tmp_path, monkeypatch, tokenizer, sha
     monkeypatch.setattr(model, "SHARD_BYTES", shard)
     untied, tied = replace(LLAMA, vocab_size=5000, raw={}), replace(LLAMA, vocab_size=5000, tied=True)
     state = random_state(untied)
-    for change, told in [(0, None), (1, "lm_head.weight is not equal to model.embed_tokens.weight.*tie_word")]:
+    for change, told in [(0, None), (1, "lm_head.weight is not equal to .*embed_tokens.weight.*tie_word")]:
         state["head.weight"] = state["embed.weight"].clone()
         state["head.weight"][-1, -1] += change  # the last number of many rows
         directory = tmp_path / f"{change}"
@@ -168,6 +168,30 @@ def test_a_tied_head_must_be_the_embedding(tmp_path, monkeypatch, tokenizer, sha
                 model.read_weights(directory, tied)
         else:
             assert "head.weight" not in model.read_weights(directory, tied)
+
+def test_links_stay_in_the_model_or_in_the_cache_of_the_hub(tmp_path, tokenizer):
+    """A policy is shared with others. No private key may come into it through a link."""
+    cache, state = tmp_path / "hub" / "models--a--b", random_state(LLAMA)
+    snapshot, secret = cache / "snapshots" / "0f", tmp_path / "id_rsa"
+    model.write_checkpoint(snapshot, LLAMA, state, tokenizer)
+    (cache / "blobs").mkdir()
+    for i, path in enumerate(list(snapshot.iterdir())):  # as huggingface_hub keeps a model
+        path.rename(cache / "blobs" / f"{i}")
+        path.symlink_to(f"../../blobs/{i}")
+    (tmp_path / "link").symlink_to(snapshot)
+    for directory in (snapshot, tmp_path / "link"):
+        directory = model.resolve(str(directory))
+        assert same(model.read_weights(directory, model.read_config(directory)), state)
+        assert read_tokenizer(directory).files == tokenizer.files | {
+            "generation_config.json": (snapshot / "generation_config.json").read_bytes()}
+    secret.write_text("secret")
+    for place in (secret, "../../../../id_rsa", "../../blobs/elsewhere"):
+        (cache / "blobs" / "elsewhere").symlink_to(secret)
+        (snapshot / "merges.txt").symlink_to(place)
+        with pytest.raises(InputError, match="merges.txt: is a link to a file outside"):
+            read_tokenizer(snapshot)
+        (snapshot / "merges.txt").unlink()
+        (cache / "blobs" / "elsewhere").unlink()
 
 # ---------------------------------------------------------------------------------------- damaged checkpoints
 @pytest.fixture
