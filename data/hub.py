@@ -97,18 +97,30 @@ def digest_of(path, like):
             return hashlib.file_digest(file, "sha256").hexdigest()
     return hashlib.sha1(b"blob %d\0" % path.stat().st_size + path.read_bytes()).hexdigest()
 
+def address(name, default):
+    """The http(s) address in an environment variable. What may be a password in it is shown to nobody."""
+    url = (os.environ.get(name) or default).strip().rstrip("/")
+    try:
+        parts = urlsplit(url)
+        good = re.fullmatch("https?://[!-~]+", url) and parts.hostname.encode("idna") and parts.port != 0
+    except (ValueError, AttributeError):  # no port, no host
+        good = False
+    require(good and "@" not in url, f"{name} {url.rpartition('@')[2]}: is not an http(s) address of a host, "
+            "without user and password")
+    return url
+
 def download_repository(repository: str, directory: Path):
     """Fetch config, safetensors and tokenizer of a repository on the hub. InputError if that fails.
     The environment may name another hub (HF_ENDPOINT) and a token for gated repositories (HF_TOKEN)."""
-    hub = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    token = os.environ.get("HF_TOKEN", "")
+    token = os.environ.get("HF_TOKEN", "").strip()
     partial = directory.with_name(f".{directory.name}.partial")
     try:
+        hub = address("HF_ENDPOINT", "https://huggingface.co")
+        require(re.fullmatch("[!-~]*", token), "HF_TOKEN: has characters that no token has; copy it again")
         directory.parent.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(directory.parent / ".lock"):
             if directory.exists():  # another process has fetched it
                 return
-            require(re.match("https?://", hub), f"HF_ENDPOINT {hub}: is not an http(s) address")
             partial.mkdir(exist_ok=True)
             files = list_files(f"{hub}/api/models/{repository}/tree/main", partial / "listing.json", token)
             missing = sum(size for size, _ in files.values())
@@ -129,7 +141,8 @@ def download_repository(repository: str, directory: Path):
         advice = "try again"
         if getattr(error, "code", None) in (401, 403):
             advice = f"accept its terms, if any, on {hub}/{repository}, and set HF_TOKEN to your token"
-        raise InputError(f"{repository}: not downloaded: {error}; {advice}, or put its config.json, "
+        told = str(error).replace(token, "HF_TOKEN") if token else error  # a server may repeat it
+        raise InputError(f"{repository}: not downloaded: {told}; {advice}, or put its config.json, "
                          f"*.safetensors and tokenizer files into {directory} by hand") from None
 
 def list_files(url, listing, token):

@@ -4,7 +4,6 @@
 
 They are the defaults of `--model llama3-8b` and `--model zephyr-7b`. A file is kept only if all its rows can
 be read. DICE_DATA_URL names another place to fetch the two from, a mirror for instance."""
-import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
@@ -25,7 +24,7 @@ def prepare(directory, source):
             for name, read in FILES.items():
                 if not (directory / name).exists():
                     scratch = directory / f".{name}"
-                    hub.download(f"{source.rstrip('/')}/{name}", scratch)
+                    hub.download(f"{source}/{name}", scratch)
                     read(scratch)  # InputError for a row that is not in the right form
                     scratch.rename(directory / name)
         prompts, pairs = (read(directory / name) for name, read in FILES.items())
@@ -41,7 +40,7 @@ def prepare(directory, source):
 def main(argv=None):
     ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args(argv)
     try:
-        print(prepare(DIRECTORY, os.environ.get("DICE_DATA_URL") or SOURCE))
+        print(prepare(DIRECTORY, hub.address("DICE_DATA_URL", SOURCE)))
     except InputError as error:
         print(f"ultrafeedback.py: {error}", file=sys.stderr)
         return 2

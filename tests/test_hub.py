@@ -3,6 +3,7 @@ import hashlib
 import json
 import multiprocessing
 import random
+import re
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -180,6 +181,33 @@ def test_redirects_and_the_token(server, target, monkeypatch):
         assert not any("Authorization" in headers for _, headers in cdn.seen)
         cdn.shutdown()
 
+@pytest.mark.parametrize("token", ["secret\n", " secret"])
+def test_a_token_may_have_blanks_around_it(server, target, monkeypatch, token):
+    monkeypatch.setenv("HF_TOKEN", token)
+    fetch(target)
+    assert all(headers["Authorization"] == "Bearer secret" for _, headers in server.seen)
+
+@pytest.mark.parametrize("name, value, told", [
+    ("HF_TOKEN", "hush\nhush", "HF_TOKEN: has characters"),
+    ("HF_TOKEN", "hush\u20ac", "HF_TOKEN: has characters"),
+    ("HF_TOKEN", "hush\x7f", "HF_TOKEN: has characters"), ("HF_TOKEN", "hush", "HTTP Error 404: no HF_TOKEN"),
+    ("HF_ENDPOINT", "http://me:hush@127.0.0.1:9", "HF_ENDPOINT 127.0.0.1:9: is not an .* without user"),
+    ("HF_ENDPOINT", "http://me:hu/sh@[", r"HF_ENDPOINT \[: is not"),
+    ("DICE_DATA_URL", "http://me:hush@127.0.0.1:9", "DICE_DATA_URL 127.0.0.1:9: is not")])
+def test_no_secret_is_shown(server, target, monkeypatch, capfd, name, value, told):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setitem(Handler.responses, 404, ("no hush", ""))  # a server that repeats the token
+    server.files.clear()
+    if name == "DICE_DATA_URL":
+        assert ultrafeedback.main([]) == 2
+        shown = capfd.readouterr().err
+    else:
+        refused(told, target)
+        with pytest.raises(InputError) as caught:
+            fetch(target)
+        shown = str(caught.value) + "".join(capfd.readouterr())
+    assert re.search(told, shown) and "hu" not in shown
+
 def meet_and_fetch(barrier, target):
     barrier.wait()
     fetch(target)
@@ -207,7 +235,9 @@ def test_gated_absent_unreachable_or_not_writable(server, target, monkeypatch):
     (target.parent / "file").write_text("")
     refused("Not a directory|cannot", target.parent / "file" / "weights" / "some-model")
     for address, match in [("http://127.0.0.1:9", "http://127.0.0.1:9/api/.*refused"),
-                           ("http://a b", "http://a b"),
+                           ("http://a b", "http://a b"), ("http://[", r"HF_ENDPOINT http://\[: is not"),
+                           ("http://a:x", "http://a:x: is not"), ("http://:80", "http://:80: is not"),
+                           ("http://a..b", r"a\.\.b: is not"), ("http://a/\xe9", "is not an http"),
                            ("file:///etc", "HF_ENDPOINT file:///etc: is not an http")]:
         monkeypatch.setenv("HF_ENDPOINT", address)
         refused(match, target)
