@@ -23,7 +23,7 @@ from data.processes import Interrupted, is_first, log_info, lost_contact, own_de
 TINIEST = 1e-30  # as a least value: anything above 0 that float32 can divide by
 LARGEST = 10**18  # every integer below it, and the seed after it, has a place in 64 bits
 
-def option(default, help, least=-LARGEST, most=LARGEST, choices=None, identity=True, base=False,
+def option(default, help, least=-math.inf, most=math.inf, choices=None, identity=True, base=False,
            contents=False):
     """A setting. identity: it changes what a run computes, so a run goes on with the same value only. base:
     the models before the first round depend on it, and --start-from does not allow another value. contents:
@@ -202,8 +202,9 @@ def check_value(name, value, f):
     least, most, choices = f.metadata["least"], f.metadata["most"], f.metadata["choices"] or (value,)
     require(value in choices, f"{flag(name)} {value}: choose one of {', '.join(map(str, choices))}")
     if type(f.default) in (int, float):
-        require(least <= value <= most,
-                f"{flag(name)} {value}: must be at least {least:g} and at most {most:g}")
+        most = min(most, LARGEST) if type(f.default) is int else most
+        bound = f"at least {least:g}" + (f" and at most {most:g}" if most < math.inf else "")
+        require(least <= value <= most and value < math.inf, f"{flag(name)} {value}: must be {bound}")
 
 def read_alpha(text):
     """--alpha ("auto", "2x" or a number) -> (number, is it a multiple of alpha*?). ValueError for others."""
@@ -231,8 +232,6 @@ def resolve(settings):
     require(s.weights == "real" or s.model != "tiny", "--weights dummy: stands in for a --model NAME only")
     require(s.min_chars + 1 < s.max_chars, f"--min-chars {s.min_chars}: no answer is longer than that and "
             f"shorter than --max-chars {s.max_chars}; give a smaller one")
-    require(s.data_filter == "none" or s.rounds or s.reward != "implicit", f"--data-filter {s.data_filter}: "
-            "does nothing with --rounds 0; give a round, or leave it out")
     require(not s.reference or s.model != "tiny", f"--reference {s.reference}: give its --model too")
     require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", s.device),
             f"--device {s.device}: must be auto, cpu, cuda, or one GPU by its number, such as cuda:1")
@@ -259,6 +258,8 @@ def check_data(s, data):
             "DIR, which --model was trained from, or --preferences FILE to train it with DPO first")
     require(offline or not s.gamma or not s.rounds, f"--gamma {s.gamma}: there are no offline pairs to "
             "replay; give --preferences FILE, or --gamma 0 to do without")
+    if s.data_filter != "none" and not s.rounds and s.reward == "implicit" and is_first():
+        log_info(f"--data-filter {s.data_filter}: does nothing with --rounds 0; it filters pairs in the rounds")
 
 def report_unused(rows, pairs, limit, s):
     """Log how many offline pairs are left out. InputError if all are."""

@@ -608,7 +608,6 @@ def refused(capsys, tmp_path, *argv):
     ("--dpo-steps 0", "--dpo-steps 0: the implicit reward needs"),
     ("--weights dummy", "--weights dummy: stands in for a --model NAME"),
     ("--min-chars 50 --max-chars 51", "--min-chars 50: no answer is longer than that and shorter than"),
-    ("--data-filter fdpo --rounds 0", "--data-filter fdpo: does nothing with --rounds 0"),
     ("--reward gold --reward-reference first", "--reward-reference first")])
 def test_bad_settings_are_refused(argv, told, tmp_path, capsys):
     files.write_rows(tmp_path / "DATA", [GOOD])

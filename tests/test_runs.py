@@ -178,7 +178,8 @@ def test_10_other_settings_data_or_processes_are_refused_in_one_line(checkpoint,
     def refused(*more):
         capsys.readouterr()
         assert small(tmp_path, *argv, *more) == 2
-        [line] = capsys.readouterr().err.splitlines()
+        [about_fdpo, line] = capsys.readouterr().err.splitlines()
+        assert "--data-filter fdpo: does nothing with --rounds 0" in about_fdpo
         return line
     assert "--beta 0.1, now 0.2; --seed 0, now 5" in refused("--beta", "0.2", "--seed", "5")
     data.write_text(row + row)
