@@ -30,8 +30,7 @@ def require(condition, message: str):
         raise InputError(message)
 
 def parse_json(text):
-    """The value of a JSON text. ValueError if it is not JSON, if an object has a key twice, or if it is so
-    deep that writing it again could fail."""
+    """The value of a JSON text. ValueError if it is not JSON, or so deep that writing it again could fail."""
     try:
         value = json.loads(text, object_pairs_hook=unique)
         if depth(value) <= 100:
@@ -42,11 +41,9 @@ def parse_json(text):
 
 def unique(pairs):
     """The dict of a JSON object. The json module alone would drop the first value of a key given twice."""
-    value = {}
-    for key, item in pairs:
-        if key in value:
-            raise ValueError(f"the key {key[:60]!r} is there twice")
-        value[key] = item
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise ValueError(f"a key is there twice in an object that begins with {pairs[0][0][:60]!r}")
     return value
 
 def depth(value):

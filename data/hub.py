@@ -23,6 +23,7 @@ from data.tokenizer import TOKENIZER_FILES
 
 TRIES = 5  # give up after so many tries in a row that bring nothing new
 PAUSE = 0.5  # seconds before the second try; each later pause is twice as long
+ADDRESS = re.compile(r"https?://([\w-]{1,63}(\.[\w-]{1,63})*|\[[\da-f:.]+\])(:\d{1,5})?(/[!-?A-~]*)?", re.A)
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 
 class Redirects(urllib.request.HTTPRedirectHandler):
@@ -100,12 +101,7 @@ def digest_of(path, like):
 def address(name, default):
     """The http(s) address in an environment variable. What may be a password in it is shown to nobody."""
     url = (os.environ.get(name) or default).strip().rstrip("/")
-    try:
-        parts = urlsplit(url)
-        good = re.fullmatch("https?://[!-~]+", url) and parts.hostname.encode("idna") and parts.port != 0
-    except (ValueError, AttributeError):  # no port, no host
-        good = False
-    require(good and "@" not in url, f"{name} {url.rpartition('@')[2]}: is not an http(s) address of a host, "
+    require(ADDRESS.fullmatch(url), f"{name} {url.rpartition('@')[2]}: is not an http(s) address of a host, "
             "without user and password")
     return url
 

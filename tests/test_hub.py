@@ -237,7 +237,8 @@ def test_gated_absent_unreachable_or_not_writable(server, target, monkeypatch):
     for address, match in [("http://127.0.0.1:9", "http://127.0.0.1:9/api/.*refused"),
                            ("http://a b", "http://a b"), ("http://[", r"HF_ENDPOINT http://\[: is not"),
                            ("http://a:x", "http://a:x: is not"), ("http://:80", "http://:80: is not"),
-                           ("http://a..b", r"a\.\.b: is not"), ("http://a/\xe9", "is not an http"),
+                           ("http://a..b", r"a\.\.b: is not"), ("http://127.0.0.1:99999", ":99999"),
+                           ("http://a/\xe9", "is not an http"),
                            ("file:///etc", "HF_ENDPOINT file:///etc: is not an http")]:
         monkeypatch.setenv("HF_ENDPOINT", address)
         refused(match, target)

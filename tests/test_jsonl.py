@@ -84,7 +84,7 @@ def test_any_json_lines_are_read_or_refused(tmp_path):
     (b"\0", b"\n", "line 1: not valid JSON"), (b"", b"", "line 1: not valid JSON"),
     (b'{"prompt": %s}\n' % (b"[" * 200 + b"]" * 200), b"\n", "too deep"),
     (b'{"prompt": 1%s}\n' % (b"0" * 9999), b"\n", "line 1: not valid JSON"),
-    (b'{"prompt": "a", "x": {"y": 1, "y": 1}}\n', b"\n", "line 1: .*: the key 'y' is there twice")])
+    (b'{"prompt": "a", "x": {"y": 1, "y": 1}}\n', b"\n", "line 1: .*: a key is there twice .* 'y'")])
 def test_line_ends_marks_and_depth(start, end, told, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(start + lines(ROWS, end))
