@@ -435,6 +435,11 @@ def find_tensors(directory: Path) -> dict[str, tuple[Path, tuple, str]]:
         require(name in tensors, f"{directory / file}: lacks {name}, which the index says it holds")
     return tensors
 
+def read_tensor(tensors, name):
+    """One of the tensors that find_tensors has found."""
+    with open_safetensors(tensors[name][0]) as file:
+        return file.get_tensor(name)
+
 def check_weights(directory, config: Config):
     """Where a checkpoint keeps each of our parameters: (name -> stored_parts, find_tensors). Reads headers.
     Raises InputError for a damaged file and for missing, surplus, misshapen or untied tensors, by name."""
@@ -452,9 +457,10 @@ def check_weights(directory, config: Config):
                     f"{file}: {part} {problem}; config.json needs shape {wanted}, floating point")
             surplus.discard(part)
     if config.tied and "lm_head.weight" in surplus:
-        embedding = plan["embed.weight"][0][0][0]
-        require(same_tensor(tensors, "lm_head.weight", embedding),
-                f"{directory}: lm_head.weight is not equal to {embedding}, but config.json says "
+        head = read_tensor(tensors, "lm_head.weight")
+        embedding = read_tensor(tensors, plan["embed.weight"][0][0][0])
+        require(head.dtype == embedding.dtype and torch.equal(head, embedding),
+                f"{tensors['lm_head.weight'][0]}: lm_head.weight is not the embedding, but config.json says "
                 "tie_word_embeddings true; say false there, or take lm_head.weight out of the file")
         surplus.discard("lm_head.weight")
     require(not surplus, f"{directory}: config.json has no place for: {', '.join(sorted(surplus)[:3])}")
@@ -470,14 +476,6 @@ def hash_of(*directories):
                     digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
-def same_tensor(tensors, name, other):
-    """Are two of the tensors that find_tensors gives equal? Reads some rows at a time."""
-    (file, *form), (other_file, *other_form) = tensors[name], tensors[other]
-    if form != other_form:
-        return False
-    with open_safetensors(file) as a, open_safetensors(other_file) as b:
-        a, b = a.get_slice(name), b.get_slice(other)
-        return all(torch.equal(a[i:i + 4096], b[i:i + 4096]) for i in range(0, form[0][0], 4096))
 
 def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tensor]:
     """The state_dict of a checkpoint under our names, on the CPU, as `dtype` (None: as stored). One tensor is
@@ -487,8 +485,7 @@ def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tenso
     for name, (parts, transposed) in plan.items():
         state[name] = torch.empty(shapes[name], dtype=dtype or FLOATS[tensors[parts[0][0]][2]])
         for (part, _), rows in zip(parts, state[name].split([rows for _, rows in parts])):
-            with open_safetensors(tensors[part][0]) as file:
-                tensor = file.get_tensor(part)
+            tensor = read_tensor(tensors, part)
             rows.copy_(tensor.T if transposed else tensor)
     return state
 

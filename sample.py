@@ -7,6 +7,7 @@
 
 The sampler is dice.generate. Its options have the same meaning and defaults as in dice.py. The same seed and
 prompt give the same answer. Each turn of a chat rereads the whole conversation: simple, and fast enough."""
+import hashlib
 import json
 import os
 import sys
@@ -18,8 +19,8 @@ from tqdm import tqdm
 
 import dice
 import model as models
-from data import jsonl, options, processes
-from data.files import InputError, require, write_file
+from data import jsonl, options, processes, runs
+from data.files import InputError, append_row, json_line, require, whole_rows, write_file
 
 def parse(argv):
     """Command line -> (what to do, dice.Settings)."""
@@ -71,13 +72,6 @@ def encode(prompt, raw, model, tokenizer, where):
             f"model's context of {model.config.context}; shorten it")
     return ids
 
-def sample(model, tokenizer, prompts, settings, on_token=None):
-    """Yields (prompt index, text, finish reason) of each answer that ends."""
-    for index, _, ids, finish_reason in dice.generate(
-            model, prompts, 1, settings.sampling, stop_ids=tokenizer.stop_ids, seed=settings.seed,
-            rows=settings.rows, on_token=on_token):
-        yield index, tokenizer.decode(ids), finish_reason
-
 class Stream:
     """Prints an answer token by token. It is called with each token as it is drawn."""
     def __init__(self, tokenizer):
@@ -95,8 +89,10 @@ class Stream:
 def answer(model, tokenizer, ids, settings):
     """Print the answer to one prompt, on a terminal token by token. Returns its text and finish reason."""
     stream = Stream(tokenizer)
-    on_token = stream if sys.stdout.isatty() else None
-    [(_, text, finish_reason)] = sample(model, tokenizer, [ids], settings, on_token)
+    [(_, _, drawn, finish_reason)] = dice.generate(
+        model, [ids], 1, settings.sampling, stop_ids=tokenizer.stop_ids, seed=settings.seed, rows=1,
+        on_token=stream if sys.stdout.isatty() else None)
+    text = tokenizer.decode(drawn)
     print(text[stream.shown:], flush=True)
     return text, finish_reason
 
@@ -125,17 +121,47 @@ def chat(model, tokenizer, settings):
             print(f"[cut: {limit}]", file=sys.stderr)
 
 def write_answers(args, model, tokenizer, settings, rows):
-    """Write an answer in AlpacaEval's form for each (where, row) of the prompts file, in its order."""
-    prompts = [jsonl.prompt_of(row, where) for where, row in rows]
-    ids = [encode(prompt, args.raw, model, tokenizer, where) for prompt, (where, _) in zip(prompts, rows)]
-    table = [None] * len(rows)
-    for index, text, _ in tqdm(sample(model, tokenizer, ids, settings), total=len(rows), unit="answer"):
-        _, row = rows[index]
+    """Write an answer in AlpacaEval's form for each (where, row) of the prompts file, in its order. What is
+    drawn is kept in OUTPUT.part, and the same command goes on from there."""
+    prompts, table = [], []
+    for where, row in rows:
+        content = jsonl.prompt_of(row, where)
+        prompts.append(dice.Prompt(content, encode(content, args.raw, model, tokenizer, where)))
+    part = Path(f"{Path(args.output)}.part")
+    drawn = open_part(part, tokenizer, settings, [prompt.ids for prompt in prompts])
+    runs.Run.again({"rows": settings.rows}, "rows", 1, args.output, prompts, draw, model, prompts, drawn,
+                   part, tokenizer, settings)
+    for i, (_, row) in enumerate(rows):
         dataset = {"dataset": row["dataset"]} if "dataset" in row else {}
-        table[index] = {**dataset, "instruction": prompts[index], "output": text, "generator": args.model}
+        table.append({**dataset, "instruction": prompts[i].content, "output": tokenizer.decode(drawn[i]),
+                      "generator": args.model})
     check(args)  # the output may have been made by another process meanwhile
     text = json.dumps(table, indent=1) + "\n"
     write_file(Path(args.output), lambda scratch: scratch.write_text(text, encoding="utf-8"))
+    part.unlink()
+
+def open_part(part, tokenizer, settings, prompts):
+    """{index: ids} of the answers in `part`. Its first line is a hash of all that they depend on."""
+    told = [models.hash_of(models.resolve(settings.model)), options.as_dict(settings.sampling),
+            settings.seed, settings.dtype, tokenizer.stop_ids, prompts]
+    head = json_line({"hash": hashlib.sha256(json.dumps(told).encode()).hexdigest()})
+    if not part.exists():  # before any work is done: perhaps it cannot be written there
+        write_file(part, lambda scratch: scratch.write_text(head))
+    with open(part, "rb") as file:
+        require(file.readline() == head.encode(), f"{part}: keeps answers of another model, or to other "
+                "prompts or settings; give the same ones to go on, or remove it to begin again")
+    return {row["index"]: row["ids"] for row in whole_rows(part)[1:]}
+
+def draw(rows, model, prompts, drawn, part, tokenizer, settings):
+    """Draw the answers that are missing in `drawn`. Each is kept as soon as it ends."""
+    missing = [i for i in range(len(prompts)) if i not in drawn]
+    if not missing:
+        return
+    answers = dice.generate(model, [prompts[i].ids for i in missing], 1, settings.sampling,
+                            stop_ids=tokenizer.stop_ids, seed=settings.seed, rows=rows)
+    for index, _, ids, _ in tqdm(answers, initial=len(drawn), total=len(prompts), unit="answer"):
+        append_row(part, {"index": missing[index], "ids": ids})
+        drawn[missing[index]] = ids
 
 @options.command("sample.py")
 def main(argv=None):

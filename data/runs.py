@@ -213,8 +213,8 @@ class Run:
             for start, chunk in mine:
                 started = time.perf_counter()
                 least = count if budget == "rows" else max(map(len, chunk))
-                results = self.again(
-                    budget, least, label, chunk, self.run_chunk, fn, network, chunk, count, bar, bar.n)
+                results = self.again(self.budget, budget, least, label, chunk, self.run_chunk,
+                                     fn, network, chunk, count, bar, bar.n)
                 path = self.partial(f"{label}.{rank()}.jsonl")
                 files.append_row(path, {"items": hashed, "first": start * count, "results": results})
                 files.flush(path)
@@ -275,20 +275,22 @@ class Run:
     def fit(self, fn, model, items, *args):
         """fn(tokens, model, items, *args), with --train-tokens; again with fewer where memory runs out."""
         label, least = f"{self.stage_name} training", max(map(len, items))
-        return self.again("train_tokens", least, label, items, fn, model, items, *args, training=model)
+        return self.again(self.budget, "train_tokens", least, label, items,
+                          fn, model, items, *args, training=model)
 
-    def again(self, name, least, label, items, fn, *args, training=None):
-        """fn(budget, *args); again with a smaller budget where memory runs out. least: the smallest budget,
-        for one item alone. training: the model, if it is trained."""
+    @staticmethod
+    def again(budget, name, least, label, items, fn, *args, training=None):
+        """fn(budget[name], *args); again with a smaller one where memory runs out. least: the smallest, for
+        one item alone. training: the model, if it is trained. sample.py uses it too, and has no run."""
         while True:
             try:
-                return fn(self.budget[name], *args)
+                return fn(budget[name], *args)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
             # Subtle: this stands after the except block, where the tensors of fn are free again.
             torch.cuda.empty_cache()
-            now = self.budget[name]
+            now = budget[name]
             if training is not None and world() > 1:
                 raise InputError(f"{label}: out of memory, and several processes cannot lower it in a step; "
                                  f"give the same command with {flag(name)} {now // 2}", alone=True)
@@ -299,8 +301,8 @@ class Run:
                 raise InputError(f"{label}: out of memory with one alone, of {least} {unit}, on the prompt "
                                  f"{str(content)[:60]!r}; lower --max-tokens, --max-new-tokens or --samples, "
                                  "or take a larger machine", alone=True)
-            self.budget[name] = max(least, now * 3 // 4 if name == "rows" else now // 2)
-            log_info(f"{label}: out of memory; from here on {flag(name)} {self.budget[name]}")
+            budget[name] = max(least, now * 3 // 4 if name == "rows" else now // 2)
+            log_info(f"{label}: out of memory; from here on {flag(name)} {budget[name]}")
             if training is not None and training.sharded:  # FSDP cannot go on after a pass that broke off
                 raise Restart
 

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 import dice
 import model as models
@@ -137,6 +139,47 @@ def test_a_failure_leaves_no_output(capsys, monkeypatch, tmp_path, tiny_model):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     argv = "--model", tiny_model, "--prompts", prompts, "--output", output, "--max-new-tokens", 4
     assert run(capsys, *argv)[0] == 130 and [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+def test_what_is_drawn_is_kept_and_continued_to_the_same_bytes(capsys, monkeypatch, tmp_path, tiny_model):
+    prompts = write_prompts(tmp_path / "p.jsonl", *[{"instruction": f"Tell me {i}."} for i in range(9)])
+    def argv(output, seed=3):
+        return ("--model", tiny_model, "--prompts", prompts, "--output", tmp_path / output, "--seed", seed,
+                "--max-new-tokens", 30, "--rows", 4)
+    assert run(capsys, *argv("whole.json"))[0] == 0
+    generate, rounds = dice.generate, []
+    def interrupted(*args, rows, **others):
+        rounds.append((len(args[1]), rows))
+        for count, answer in enumerate(generate(*args, rows=rows, **others)):
+            if len(rounds) == 1 and count == 3:
+                raise KeyboardInterrupt
+            if len(rounds) > 1 and rows > 2 and count == 1:
+                raise torch.OutOfMemoryError("out of memory")
+            yield answer
+    monkeypatch.setattr(dice, "generate", interrupted)
+    part = tmp_path / "cut.json.part"
+    assert run(capsys, *argv("cut.json"))[0] == 130
+    kept = part.read_bytes()
+    part.write_bytes(kept + b'{"index": 8, "i')  # cut short by a kill
+    assert run(capsys, *argv("cut.json"))[0] == 0
+    assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert rounds == [(9, 4), (6, 4), (5, 3), (4, 2)] and not part.exists()
+    part.write_bytes(kept)
+    (tmp_path / "cut.json").unlink()
+    assert f"{part}: keeps answers of another model" in refused(capsys, *argv("cut.json", seed=4))
+    weights = Path(tiny_model) / "model.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-2] + b"\0\0")
+    assert f"{part}: keeps answers of another model" in refused(capsys, *argv("cut.json"))
+    weights.write_bytes(before)
+    part.write_text("mine")
+    assert f"{part}: keeps" in refused(capsys, *argv("cut.json")) and part.read_text() == "mine"
+
+def test_the_output_is_opened_before_anything_is_drawn(capsys, monkeypatch, tmp_path, tiny_model):
+    monkeypatch.setattr(dice, "generate", lambda *_, **__: pytest.fail("it has begun to draw"))
+    prompts = write_prompts(tmp_path / "p.jsonl", {"instruction": "Hi"})
+    with suppress(OSError):
+        run(capsys, "--model", tiny_model, "--prompts", prompts, "--output", tmp_path / ("x" * 300))
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
 
 # ----------------------------------------------------------- Refusals: exit code 2, one line, nothing done
 def refused(capsys, *argv):
