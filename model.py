@@ -106,6 +106,7 @@ class Preset:
 PAPER = dict(prompts="data/uf-10k/prompt.json", preferences="data/uf-10k/preference.json")
 # Models that the paper starts from, on cards of 80 GB and more.
 LARGE = PAPER | dict(chunk=256, score_tokens=32768, train_tokens=8192)
+LLAMA3 = LARGE | dict(chat="llama3")
 ZEPHYR = LARGE | dict(chat="zephyr", temperature=0.7, top_p=0.9)
 # Base models: SFT on the chosen answers of the paper's 10k pairs (3 epochs), DPO on the pairs (1 epoch), DICE
 # on their prompts. Lengths and rows are for cards of 24 GB (gpt2-xl: 48). Usual values, not tuned here.
@@ -131,34 +132,24 @@ def gpt2_shape(layers, width):
                   kv_heads=width // 64, head_size=64, hidden=4 * width, position="learned", norm="layer",
                   mlp="gelu", qkv_bias=True, out_bias=True, mlp_bias=True, tied=True)
 
-GPT2_LENGTHS = dict(chat="plain", max_new_tokens=512, max_tokens=1024)  # no special tokens, 1024 positions
+SHORT = dict(chat="plain", max_new_tokens=512, max_tokens=1024)  # GPT-2: no special tokens, 1024 positions
 PRESETS = {
-    "tiny": Preset(repository="", shape=None, settings=dict(  # so small that a GPU is no faster
+    "tiny": Preset("", None, dict(  # so small that a GPU is no faster
         device="cpu", temperature=1.0, top_p=0.9, max_new_tokens=96, rows=512, chunk=256, batch=16, steps=32,
         epochs=2, lr=6e-5, warmup=0, sft_steps=1400, sft_lr=6e-3, dpo_steps=128, dpo_lr=5e-5,
         train_tokens=8192)),
-    "llama3-8b": Preset(repository="princeton-nlp/Llama-3-Base-8B-SFT-DPO", shape=LLAMA3_8B,
-                        settings=LARGE | dict(reference="llama3-8b-sft", chat="llama3")),
-    "llama3-8b-sft": Preset(repository="princeton-nlp/Llama-3-Base-8B-SFT", shape=LLAMA3_8B,
-                            settings=LARGE | dict(chat="llama3")),
-    "zephyr-7b": Preset(repository="HuggingFaceH4/zephyr-7b-beta", shape=MISTRAL_7B,
-                        settings=ZEPHYR | dict(reference="zephyr-7b-sft")),
-    "zephyr-7b-sft": Preset(repository="HuggingFaceH4/mistral-7b-sft-beta", shape=MISTRAL_7B,
-                            settings=ZEPHYR),
-    "gpt2": Preset(repository="openai-community/gpt2", shape=gpt2_shape(layers=12, width=768),
-                   settings=SMALL_BASE | GPT2_LENGTHS),
-    "gpt2-medium": Preset(repository="openai-community/gpt2-medium", shape=gpt2_shape(layers=24, width=1024),
-                          settings=BASE | GPT2_LENGTHS),
-    "gpt2-large": Preset(repository="openai-community/gpt2-large", shape=gpt2_shape(layers=36, width=1280),
-                         settings=BASE | GPT2_LENGTHS | dict(rows=32)),
-    "gpt2-xl": Preset(repository="openai-community/gpt2-xl", shape=gpt2_shape(layers=48, width=1600),
-                      settings=BASE | GPT2_LENGTHS | dict(rows=32)),
-    "llama3.2-1b": Preset(repository="meta-llama/Llama-3.2-1B", shape=LLAMA32_1B,
-                          settings=BASE | dict(chat="llama3")),
-    "qwen2.5-0.5b": Preset(repository="Qwen/Qwen2.5-0.5B", shape=QWEN25_05B,
-                           settings=BASE | dict(chat="chatml")),
-    "smollm2-135m": Preset(repository="HuggingFaceTB/SmolLM2-135M", shape=SMOLLM2_135M,
-                           settings=SMALL_BASE | dict(chat="chatml")),
+    "llama3-8b": Preset("princeton-nlp/Llama-3-Base-8B-SFT-DPO", LLAMA3_8B,
+                        LLAMA3 | dict(reference="llama3-8b-sft")),
+    "llama3-8b-sft": Preset("princeton-nlp/Llama-3-Base-8B-SFT", LLAMA3_8B, LLAMA3),
+    "zephyr-7b": Preset("HuggingFaceH4/zephyr-7b-beta", MISTRAL_7B, ZEPHYR | dict(reference="zephyr-7b-sft")),
+    "zephyr-7b-sft": Preset("HuggingFaceH4/mistral-7b-sft-beta", MISTRAL_7B, ZEPHYR),
+    "gpt2": Preset("openai-community/gpt2", gpt2_shape(12, 768), SMALL_BASE | SHORT),
+    "gpt2-medium": Preset("openai-community/gpt2-medium", gpt2_shape(24, 1024), BASE | SHORT),
+    "gpt2-large": Preset("openai-community/gpt2-large", gpt2_shape(36, 1280), BASE | SHORT | dict(rows=32)),
+    "gpt2-xl": Preset("openai-community/gpt2-xl", gpt2_shape(48, 1600), BASE | SHORT | dict(rows=32)),
+    "llama3.2-1b": Preset("meta-llama/Llama-3.2-1B", LLAMA32_1B, BASE | dict(chat="llama3")),
+    "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B", QWEN25_05B, BASE | dict(chat="chatml")),
+    "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M", SMOLLM2_135M, SMALL_BASE | dict(chat="chatml")),
 }
 
 def resolve(name: str) -> Path:
@@ -196,13 +187,6 @@ def tiny_model() -> tuple[Config, Tokenizer]:
                     head_size=16, hidden=176, tied=True)
     return config, tokenizer
 
-def find_reward_model(reward):
-    """(directory, tokenizer) of --reward DIR; (None, None) of implicit and gold."""
-    if reward in ("implicit", "gold"):
-        return None, None
-    directory = resolve(reward)
-    return directory, read_reward_model(directory)[1]
-
 def random_model(run, seed):
     """Random weights of the tiny world's model, or of a dummy in the shape of a preset."""
     for name, tensor in random_weights(run.config, seed):
@@ -222,23 +206,26 @@ def find_models(settings, out):
     prev_dir = resolve(s.reference) if s.reference else None
     for directory in dict.fromkeys([policy_dir, prev_dir or policy_dir]):
         other = read_config(directory)
-        require(not other.num_labels, f"{directory}: is a reward model; give it to --reward, not here")
+        require(not other.num_labels, f"{directory}: is a reward model, which gives no text; see --reward")
         require(other.vocab_size >= tokenizer.vocab_size and other.context >= config.context,
                 f"{directory}: has fewer embeddings than the tokenizer has ids, or a shorter context than "
                 "the policy; policy and reference must belong together")
         check_weights(directory, other)
     return policy_dir, prev_dir, config, tokenizer
 
-def read_reward_model(directory) -> tuple[Config, Tokenizer]:
-    """The config and tokenizer of a sequence classifier with one output. InputError if it is something else,
-    or if its weights do not fit."""
+def find_reward_model(reward):
+    """(directory, tokenizer) of --reward DIR, a sequence classifier with one output; (None, None) of implicit
+    and gold. InputError if it is something else, or if its weights do not fit."""
+    if reward in ("implicit", "gold"):
+        return None, None
+    directory = resolve(reward)
     config, tokenizer = read_config(directory), read_tokenizer(directory)
     require(config.num_labels == 1, f"--reward {directory}: not a reward model; its config.json must name an "
             "architecture ...ForSequenceClassification and one label")
     require(config.vocab_size >= tokenizer.vocab_size,
             f"--reward {directory}: has fewer embeddings than its tokenizer has ids")
     check_weights(directory, config)
-    return config, tokenizer
+    return directory, tokenizer
 
 # ---------------------------------------------------------------------------------------- config.json
 MOST_PARAMETERS = 1e13
@@ -368,8 +355,7 @@ def config_json(config: Config) -> dict:
             "rope_scaling": c.rope_scaling and {"rope_type": "llama3", **c.rope_scaling}}
     else:
         raise InputError(f"no Hugging Face architecture has this shape, so it cannot be saved: {config}")
-    replaced = ("rope_parameters", "sliding_window", "use_sliding_window", "layer_types")
-    return {key: value for key, value in c.raw.items() if key not in replaced} | fields
+    return fields
 
 # ---------------------------------------------------------------------------------------- weights
 SHARD_BYTES = 5 * 10 ** 9
@@ -476,7 +462,6 @@ def hash_of(*directories):
                     digest.update(path.name.encode() + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
-
 def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tensor]:
     """The state_dict of a checkpoint under our names, on the CPU, as `dtype` (None: as stored). One tensor is
     read at a time, so the memory is that of one copy of the weights. Errors: see check_weights."""
@@ -489,8 +474,8 @@ def read_weights(directory, config: Config, dtype=None) -> dict[str, torch.Tenso
             rows.copy_(tensor.T if transposed else tensor)
     return state
 
-def write_checkpoint(directory, config: Config, state: dict[str, torch.Tensor], tokenizer, dtype=None):
-    """Write a directory that transformers and vLLM load: config, weights (dtype None: as is), tokenizer.
+def write_checkpoint(directory, config: Config, state: dict[str, torch.Tensor], tokenizer):
+    """Write a directory that transformers and vLLM load: config, weights and tokenizer.
     It is complete or not there. InputError if it exists, ValueError if `state` does not fit `config`."""
     directory = Path(directory)
     require(not directory.exists(), f"{directory}: already exists, is not overwritten; choose another place")
@@ -498,7 +483,7 @@ def write_checkpoint(directory, config: Config, state: dict[str, torch.Tensor], 
     if wrong := shapes.items() ^ parameter_shapes(config).items():
         raise ValueError(f"state does not fit config: {sorted(wrong)[:4]}")
     fields = config_json(config)
-    kind = str(dtype or state["embed.weight"].dtype).removeprefix("torch.")
+    kind = str(state["embed.weight"].dtype).removeprefix("torch.")
     fields["dtype" if "dtype" in fields else "torch_dtype"] = kind
     bos, eos = {"bos_token_id": tokenizer.bos}, {"eos_token_id": list(tokenizer.stop_ids)}
     with whole_directory(directory) as scratch:
@@ -509,29 +494,25 @@ def write_checkpoint(directory, config: Config, state: dict[str, torch.Tensor], 
         known = known if isinstance(known, list) else [known]
         if not set(tokenizer.stop_ids) <= set(known):  # so that other programs stop where we stop
             write_json(scratch / "generation_config.json", bos | generation | eos)
-        write_weights(scratch, config, state, dtype)
+        write_weights(scratch, config, state)
 
-def write_weights(directory: Path, config: Config, state, dtype):
+def write_weights(directory: Path, config: Config, state):
     """model.safetensors, or shards of at most SHARD_BYTES and their index."""
-    shards, sizes = [[]], [0]  # a shard: [(stored name, rows of a tensor, transposed)]
+    shards, sizes = [{}], [0]  # a shard: stored name -> tensor
     for name, tensor in state.items():
         parts, transposed = stored_parts(config, name, len(tensor))
         for (part, _), rows in zip(parts, tensor.detach().split([rows for _, rows in parts])):
-            count = rows.numel() * (dtype or tensor.dtype).itemsize
-            if sizes[-1] and sizes[-1] + count > SHARD_BYTES:
-                shards.append([])
+            if sizes[-1] and sizes[-1] + rows.nbytes > SHARD_BYTES:
+                shards.append({})
                 sizes.append(0)
-            shards[-1].append((part, rows, transposed))
-            sizes[-1] += count
+            shards[-1][part] = rows.T if transposed else rows
+            sizes[-1] += rows.nbytes
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
-        for part, rows, transposed in shard:
-            tensor = rows.to("cpu", dtype)
-            tensors[part] = (tensor.T if transposed else tensor).contiguous()
-            weight_map[part] = file
+        tensors = {part: tensor.contiguous() for part, tensor in shard.items()}
         save_file(tensors, directory / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
         shutil.copymode(directory / "config.json", directory / file)  # save_file lets nobody else read it
     if len(shards) > 1:
         write_json(directory / "model.safetensors.index.json",

@@ -1,5 +1,5 @@
 """Rewards by a reward model, as in iLR-DPO: a Llama whose head has one output (transformers'
-LlamaForSequenceClassification). model.read_reward_model reads and checks one."""
+LlamaForSequenceClassification). model.find_reward_model reads and checks one."""
 import math
 
 import torch

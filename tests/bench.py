@@ -333,9 +333,9 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:
         args.weights, config = Path(scratch) / "weights", SHAPES[args.model_shape][0]
         tiny.write_tokenizer(Path(scratch))
-        net = dice.new_model(config, 0)
+        net = dice.new_model(config, 0).to(dtype_of(args))
         tokenizer = models.read_tokenizer(scratch)
-        models.write_checkpoint(args.weights, config, net.state_dict(), tokenizer, dtype_of(args))
+        models.write_checkpoint(args.weights, config, net.state_dict(), tokenizer)
         del net
         table(args)
 

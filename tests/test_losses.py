@@ -277,7 +277,7 @@ def write_reward_model(directory, labels=1, seed=0, **changes):
 
 def rewards_of(directory, tokens=200, longer=1):
     """(the network, its tokenizer, answers of the tiny world, their rewards)"""
-    net, (_, tokenizer) = dice.load_model(directory, "cpu"), models.read_reward_model(directory)
+    net, (_, tokenizer) = dice.load_model(directory, "cpu"), models.find_reward_model(directory)
     samples = [dice.Sample(dice.Prompt(x["prompt"], []), [], x["chosen"]) for x in tiny.sft_examples(0)[:6]]
     samples[0].text *= longer
     rewards = dict(reward_model.score(net, samples, tokens, tokenizer))

@@ -61,7 +61,7 @@ def test_round_trip(tmp_path, monkeypatch, tokenizer, name, shard):
     for file in ("tokenizer.json", "tokenizer_config.json"):
         assert (a / file).read_bytes() == (tmp_path / "tokenizer" / file).read_bytes()
     # A second generation, in another type: what was read is written again.
-    model.write_checkpoint(b, again, state, tokenizer, torch.bfloat16)
+    model.write_checkpoint(b, again, {name: tensor.bfloat16() for name, tensor in state.items()}, tokenizer)
     fields = [json.loads((one / "config.json").read_text()) for one in (a, b)]
     assert fields[0] | {"torch_dtype": "bfloat16"} == fields[1]
     assert same(model.read_weights(b, again), {k: v.bfloat16() for k, v in state.items()})
@@ -474,20 +474,20 @@ def test_a_reward_model_is_read_or_refused(tmp_path, tokenizer):
     path, head = directory / "config.json", CLASSIFIER | {"id2label": {"0": "LABEL_0"}, "pad_token_id": 0}
     tree = json.loads(path.read_text()) | head
     path.write_text(json.dumps(tree))
-    found, its = model.read_reward_model(directory)
-    assert found == config and its.stop_ids == tokenizer.stop_ids
+    found, its = model.find_reward_model(directory)
+    assert found == directory and its.stop_ids == tokenizer.stop_ids and model.read_config(found) == config
     for change, told in [({"architectures": ["LlamaForCausalLM"]}, "^--reward .*rm: not a reward model"),
                          ({"id2label": {"0": "a", "1": "b"}}, "^--reward .*rm: not a reward model"),
                          ({"vocab_size": 99}, "^--reward .*rm: has fewer embeddings than its tokenizer"),
                          ({"intermediate_size": 48}, "model.safetensors")]:
         path.write_text(json.dumps(tree | change))
         with pytest.raises(InputError, match=told):
-            model.read_reward_model(directory)
+            model.find_reward_model(directory)
     @fuzz(40)
     @given((mutated(head).map(lambda head: {**tree, **head}) | mutated(tree)).map(dumped))
     def check(content):
         path.write_bytes(content)
-        if loaded(lambda: model.read_reward_model(directory), str(directory)):
+        if loaded(lambda: model.find_reward_model(directory), str(directory)):
             assert dice.load_model(directory, "cpu").head.weight.shape == (1, LLAMA.width)
     check()
 
