@@ -55,11 +55,8 @@ def check(args):
 
 def load(settings):
     """The model and its tokenizer, on the device that the settings name."""
-    directory = models.resolve(settings.model)
-    config, tokenizer = models.read_config(directory), models.read_tokenizer(directory, settings.chat)
-    require(not config.num_labels, f"{directory}: is a reward model, which gives no text")
-    require(config.vocab_size >= tokenizer.vocab_size,
-            f"{directory}: has fewer embeddings than its tokenizer has ids")
+    directory = models.resolve(settings.model)  # refuses "tiny", which dice.py makes itself
+    *_, tokenizer = models.find_models(settings, out=None)
     device = processes.join_processes(settings.device)
     return dice.load_model(directory, device, getattr(torch, settings.dtype)), tokenizer
 

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # needed as a script
-from data import hub, jsonl  # noqa: E402
+from data import hub, jsonl, options  # noqa: E402
 from data.files import InputError, one_at_a_time  # noqa: E402
 
 SOURCE = "https://raw.githubusercontent.com/sail-sg/dice/main/data/UF-10k-subset"
@@ -37,14 +37,10 @@ def prepare(directory, source):
             f"{directory}/preference.json: {len(pairs)} pairs, answers of {sum(answers) / len(answers):.0f}"
             f" characters on average, the longest of {max(answers)}")
 
+@options.command("ultrafeedback.py")
 def main(argv=None):
     ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter).parse_args(argv)
-    try:
-        print(prepare(DIRECTORY, hub.address("DICE_DATA_URL", SOURCE)))
-    except InputError as error:
-        print(f"ultrafeedback.py: {error}", file=sys.stderr)
-        return 2
-    return 0
+    print(prepare(DIRECTORY, hub.address("DICE_DATA_URL", SOURCE)))
 
 if __name__ == "__main__":
     sys.exit(main())
