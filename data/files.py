@@ -2,6 +2,7 @@
 
 A program can be killed at any moment. So a file is written under another name, flushed to the disk, and then
 renamed: under its own name a file is always complete."""
+import fcntl
 import json
 import os
 import shutil
@@ -11,11 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 class InputError(Exception):
     """Bad input, in one line: what is wrong, where, what to do. main prints it to stderr and exits with 2."""
@@ -157,28 +153,20 @@ def flush(path: Path):
     os.fsync(descriptor)
     os.close(descriptor)
 
-def open_lock(path: Path):
-    """Nothing is written into a lock file, and a link is not followed: it may lead to any file."""
-    return open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)), "a")
-
-def try_lock(path: Path):
-    """Lock a file until the returned file is closed. None if another process has locked it."""
-    file = open_lock(path)
+def try_lock(path: Path, how=fcntl.LOCK_EX | fcntl.LOCK_NB):
+    """Lock a file until the returned file is closed. None if another process has locked it. Nothing is
+    written into the file, and a link is not followed: it may lead to any file."""
+    file = open(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW), "a")
     try:
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, how)
     except BlockingIOError:
         file.close()
         return None
     return file
 
-@contextmanager
-def one_at_a_time(lock_path: Path):
-    """Wait until no other process is inside a block with this lock file. A killed process frees its lock."""
-    file = try_lock(lock_path)
-    if file is None:
-        print(f"waiting: another process is downloading to {lock_path.parent}", file=sys.stderr)
-        file = open_lock(lock_path)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    with file:
-        yield
+def one_at_a_time(path: Path):
+    """For a `with` block: no other process is inside one with this lock file. A killed process frees it."""
+    file = try_lock(path)
+    if not file:
+        print(f"waiting: another process is downloading to {path.parent}", file=sys.stderr)
+    return file or try_lock(path, fcntl.LOCK_EX)
