@@ -40,9 +40,10 @@ def download(url: str, path: Path, size=None, digest=None, token=""):
         return
     part = path.with_name(path.name + ".part")
     tries, most = TRIES, 0  # most: the most bytes that there were before a try
+    part.touch()
     with tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as bar:
         while True:
-            had = size_of(part)
+            had = part.stat().st_size
             try:
                 if not had or had != size:
                     receive(url, part, had, size, token, bar)
@@ -50,11 +51,11 @@ def download(url: str, path: Path, size=None, digest=None, token=""):
             except BROKEN as error:
                 code = getattr(error, "code", None)  # the status, if this is an HTTPError
                 if code == 416:  # path.part is longer than the file
-                    part.unlink()
+                    os.truncate(part, 0)
                 elif code and code < 500 and code not in (408, 429):  # another try would not help
                     raise
                 most = max(most, had)
-                tries = TRIES if size_of(part) > most else tries - 1
+                tries = TRIES if part.stat().st_size > most else tries - 1
                 if not tries:
                     raise OSError(f"{url}: {error}") from None
                 time.sleep(PAUSE * 2 ** (TRIES - tries))
@@ -65,9 +66,6 @@ def download(url: str, path: Path, size=None, digest=None, token=""):
     flush(part)
     os.replace(part, path)
     flush(path.parent)
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
 
 def receive(url, part, start, size, token, bar):
     """Append the rest of a file to `part`, which has `start` bytes. One of BROKEN if it is cut short."""
@@ -123,7 +121,7 @@ def download_repository(repository: str, directory: Path):
             for path in partial.iterdir():
                 if path.name.removesuffix(".part") in files:
                     missing -= path.stat().st_size
-                else:  # left from an earlier version of the repository
+                else:  # the listing, or left from an earlier version of the repository
                     path.unlink()
             free = shutil.disk_usage(partial).free
             require(missing <= free, f"needs {missing / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free; "
@@ -143,8 +141,7 @@ def download_repository(repository: str, directory: Path):
 
 def list_files(url, listing, token):
     """The files of a repository that we read: name -> (size, digest)."""
-    for path in (listing, listing.with_name(listing.name + ".part")):
-        path.unlink(missing_ok=True)  # an old list
+    listing.with_name(f"{listing.name}.part").unlink(missing_ok=True)  # of an old list
     download(url, listing, token=token)
     files, unsafe = {}, []
     try:
@@ -161,8 +158,6 @@ def list_files(url, listing, token):
                 files[name] = size, digest
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise InputError(f"{url}: not a list of files with sizes and digests") from None
-    finally:
-        listing.unlink()
     hint = f" but {min(unsafe)[:60]!r}: convert it" if unsafe else ""
     require(any(name.endswith(".safetensors") for name in files), f"{url}: lists no safetensors{hint}")
     require("config.json" in files, f"{url}: lists no config.json")
