@@ -37,9 +37,6 @@ from data.processes import (
 # Memory
 OUT_OF_MEMORY = "out of memory", "allocate memory", "ALLOC_FAILED"  # CUDA, CPU, cuBLAS
 
-def is_out_of_memory(error):
-    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in OUT_OF_MEMORY)
-
 class Restart(Exception):
     """The model must be loaded anew: memory ran out inside a pass of FSDP, and the budget is smaller now; or
     a saved state was damaged, and is removed now."""
@@ -78,7 +75,14 @@ class Run:
 
     def __enter__(self):
         with ExitStack() as stack:  # an error here unlocks the directory again
-            self.begin(stack)
+            if rank() == 0:
+                self.claim(stack)
+                files.whole_rows(self.out / "timing.jsonl")  # removes a line that was cut short
+                files.whole_rows(self.out / "metrics.jsonl")
+            barrier()
+            self.metrics = files.whole_rows(self.out / "metrics.jsonl")
+            self.logged = {(row["stage"], row.get("step")) for row in self.metrics}
+            stack.enter_context(held_signals())
             self.stack = stack.pop_all()
         return self
 
@@ -86,16 +90,6 @@ class Run:
         self.stack.close()
         if error is None:
             leave_processes()
-
-    def begin(self, stack):
-        if rank() == 0:
-            self.claim(stack)
-            files.whole_rows(self.out / "timing.jsonl")  # removes a line that was cut short
-            files.whole_rows(self.out / "metrics.jsonl")
-        barrier()
-        self.metrics = files.whole_rows(self.out / "metrics.jsonl")
-        self.logged = {(row["stage"], row.get("step")) for row in self.metrics}
-        stack.enter_context(held_signals())
 
     def claim(self, stack):
         """Lock the directory, compare its settings.json with this run's, and write this run's."""
@@ -230,11 +224,11 @@ class Run:
     def run_chunk(self, budget, fn, network, chunk, count, bar, begin):
         results = [None] * (len(chunk) * count)
         bar.update(begin - bar.n)  # back, if this is another try
-        self.safe_point()
+        self.safe_point(STOP)
         for i, result in fn(network, chunk, budget):
             results[i] = result
             bar.update()
-            self.safe_point()
+            self.safe_point(STOP)
         return results
 
     def kept(self, label, hashed):
@@ -262,8 +256,7 @@ class Run:
             stop = any_process(STOP)  # all processes, or none
             if stop or step % self.settings.save_steps == 0:
                 self.save_training(weights, optimizer, step)
-            if stop:
-                raise self.interrupted()
+            self.safe_point(stop)
             started = time.perf_counter()
             group = list(islice(stream, batch))
             if not group:  # the filter has left nothing more to train on
@@ -286,7 +279,8 @@ class Run:
             try:
                 return fn(budget[name], *args)
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                known = any(text in str(error) for text in OUT_OF_MEMORY)
+                if not known and not isinstance(error, torch.OutOfMemoryError):
                     raise
             # Subtle: this stands after the except block, where the tensors of fn are free again.
             torch.cuda.empty_cache()
@@ -393,12 +387,9 @@ class Run:
     def partial(self, name):
         return self.out / "partial" / name.replace(" ", "-")
 
-    def safe_point(self):
-        if STOP:
-            raise self.interrupted()
-
-    def interrupted(self):
-        return Interrupted(f"stopped. What is done is in {self.out}; the same command goes on from there")
+    def safe_point(self, stop):
+        if stop:
+            raise Interrupted(f"stopped. What is done is in {self.out}; the same command goes on from there")
 
     def not_finite(self, model, weights, optimizer, step, group, row, score):
         """An InputError for a step that would spoil the model. Saves the state before it, and its batch."""
