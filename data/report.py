@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 
@@ -35,12 +36,12 @@ def log_round(run, s, alpha, samples, pairs, lost):
     # The KL of pi_t to the model that the reward compares it with: not always pi_{t-1}.
     kl = "kl_to_previous" if s.reward_reference == "previous" else "kl_to_first"
     row = {"stage": stage, "alpha": alpha, "generated_pairs": len(new),
-           "replayed_pairs": len(pairs) - len(new), "answer_chars": mean([len(x.text) for x in samples]),
-           "truncated": mean([x.finish == "length" for x in samples]),
+           "replayed_pairs": len(pairs) - len(new), "answer_chars": fmean(len(x.text) for x in samples),
+           "truncated": fmean(x.finish == "length" for x in samples),
            "identical": 1 - len({(x.prompt.key, x.text) for x in samples}) / len(samples),
-           kl: mean([x.logprob - x.prev_logprob for x in samples]),
-           "offline_agreement": mean(agrees) if agrees else None,
-           "pair_length_gap": sum(gaps) / max(1, len(gaps)),
+           kl: fmean(x.logprob - x.prev_logprob for x in samples),
+           "offline_agreement": fmean(agrees) if agrees else None,
+           "pair_length_gap": fmean(gaps or [0]),
            "prompts": prompts, "prompts_with_pair": prompts - sum(lost.values()),
            **{column(reason): lost[reason] for reason in REASONS}}
     if run.is_tiny and not s.prompts:  # only for the report: the share of pairs that the judge agrees with
@@ -65,9 +66,6 @@ REASONS = {
     "cut": "answers were cut: raise --max-new-tokens, or take a model that ends its answers (--sft-steps)",
     "too few valid": "too few answers have a reward and a length between --min-chars and --max-chars",
     "all equal": "its answers are all the same or have the same reward: raise --temperature"}
-
-def mean(values):
-    return sum(values) / len(values)
 
 def column(reason):
     """The name in metrics.jsonl of the number of prompts that were lost for this reason."""
