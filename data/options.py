@@ -259,7 +259,7 @@ def check_data(s, data):
     require(offline or not s.gamma or not s.rounds, f"--gamma {s.gamma}: there are no offline pairs to "
             "replay; give --preferences FILE, or --gamma 0 to do without")
     if s.data_filter != "none" and not s.rounds and s.reward == "implicit" and is_first():
-        log_info(f"--data-filter {s.data_filter}: does nothing with --rounds 0; it filters pairs in the rounds")
+        log_info(f"--data-filter {s.data_filter}: does nothing with --rounds 0; it filters the rounds' pairs")
 
 def report_unused(rows, pairs, limit, s):
     """Log how many offline pairs are left out. InputError if all are."""
