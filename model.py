@@ -23,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully
 from torch.distributed.tensor import DTensor
 
 from data import tiny
-from data.files import InputError, read_json, require, whole_directory, write_json
+from data.files import InputError, read_json, require, whole, write_json
 from data.hub import download_repository
 from data.processes import backend_for, world
 from data.tokenizer import TOKENIZER_FILES, StandIn, Tokenizer, read_tokenizer
@@ -206,7 +206,7 @@ def find_models(settings, out):
     prev_dir = resolve(s.reference) if s.reference else None
     for directory in dict.fromkeys([policy_dir, prev_dir or policy_dir]):
         other = read_config(directory)
-        require(not other.num_labels, f"{directory}: is a reward model, which gives no text; see --reward")
+        require(not other.num_labels, f"{directory}: is a reward model; give it to --reward of dice.py")
         require(other.vocab_size >= tokenizer.vocab_size and other.context >= config.context,
                 f"{directory}: has fewer embeddings than the tokenizer has ids, or a shorter context than "
                 "the policy; policy and reference must belong together")
@@ -422,7 +422,6 @@ def find_tensors(directory: Path) -> dict[str, tuple[Path, tuple, str]]:
     return tensors
 
 def read_tensor(tensors, name):
-    """One of the tensors that find_tensors has found."""
     with open_safetensors(tensors[name][0]) as file:
         return file.get_tensor(name)
 
@@ -486,14 +485,12 @@ def write_checkpoint(directory, config: Config, state: dict[str, torch.Tensor], 
     kind = str(state["embed.weight"].dtype).removeprefix("torch.")
     fields["dtype" if "dtype" in fields else "torch_dtype"] = kind
     bos, eos = {"bos_token_id": tokenizer.bos}, {"eos_token_id": list(tokenizer.stop_ids)}
-    with whole_directory(directory) as scratch:
+    with whole(directory) as scratch:
+        scratch.mkdir()
         tokenizer.save(scratch)
         write_json(scratch / "config.json", bos | eos | fields)
         generation = read_json(scratch / "generation_config.json")
-        known = generation.get("eos_token_id")
-        known = known if isinstance(known, list) else [known]
-        if not set(tokenizer.stop_ids) <= set(known):  # so that other programs stop where we stop
-            write_json(scratch / "generation_config.json", bos | generation | eos)
+        write_json(scratch / "generation_config.json", bos | generation | eos)  # others stop where we stop
         write_weights(scratch, config, state)
 
 def write_weights(directory: Path, config: Config, state):

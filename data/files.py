@@ -25,15 +25,17 @@ def require(condition, message: str):
     if not condition:
         raise InputError(message)
 
-def parse_json(text):
-    """The value of a JSON text. ValueError if it is not JSON, or so deep that writing it again could fail."""
+def parse_json(text, where):
+    """The value of a JSON text. InputError if it is not JSON, or so deep that writing it again could fail."""
     try:
         value = json.loads(text, object_pairs_hook=unique)
-        if depth(value) <= 100:
-            return value
+        if depth(value) > 100:
+            raise RecursionError
     except RecursionError:
-        pass
-    raise ValueError("nested too deep")
+        raise InputError(f"{where}: not valid JSON: nested too deep") from None
+    except ValueError as error:
+        raise InputError(f"{where}: not valid JSON: {error}") from None
+    return value
 
 def unique(pairs):
     """The dict of a JSON object. The json module alone would drop the first value of a key given twice."""
@@ -43,7 +45,6 @@ def unique(pairs):
     return value
 
 def depth(value):
-    """How deep lists and objects are nested."""
     if not isinstance(value, (dict, list)):
         return 0
     children = value.values() if isinstance(value, dict) else value
@@ -51,10 +52,7 @@ def depth(value):
 
 def read_json(path: Path) -> dict:
     """The object in a JSON file; {} if there is no such file. InputError if it holds anything else."""
-    try:
-        value = parse_json(path.read_bytes()) if path.exists() else {}
-    except ValueError as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    value = parse_json(path.read_bytes(), path) if path.exists() else {}
     require(isinstance(value, dict), f"{path}: must hold a JSON object, not a {type(value).__name__}")
     return value
 
@@ -70,7 +68,6 @@ def write_rows(path: Path, rows):
     write_file(path, lambda scratch: scratch.write_text("".join(map(json_line, rows)), encoding="utf-8"))
 
 def append_row(path: Path, row: dict):
-    """Add a row at the end of a JSON lines file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with names_the_file(path), open(path, "a", encoding="utf-8") as file:
         file.write(json_line(row))
@@ -112,40 +109,35 @@ def scratch_of(path: Path) -> Path:
 def remove_scratch(directory: Path):
     """Remove what scratch_of() has named below a directory. No link is followed."""
     for path in list(directory.rglob(".*." + 8 * "[0-9a-f]" + ".tmp")):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        remove(path)
 
-def write_file(path: Path, write):
-    """Make a file by write(scratch), with a path to write to. The file is complete or not there."""
+def remove(path: Path):
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+@contextmanager
+def whole(path: Path):
+    """Gives a path at which to make a file, or a directory of files. After the block it is renamed to `path`:
+    that is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = scratch_of(path)
     try:
         with names_the_file(path):
-            write(scratch)
-            flush(scratch)
+            yield scratch
+            for part in (*scratch.glob("*"), scratch):
+                flush(part)
             os.replace(scratch, path)
             flush(path.parent)
     except BaseException:  # also Ctrl-C
-        scratch.unlink(missing_ok=True)
+        remove(scratch)
         raise
 
-@contextmanager
-def whole_directory(directory: Path):
-    """Gives a directory to write files into. After the block it is renamed to `directory`."""
-    scratch = scratch_of(directory)
-    scratch.mkdir(parents=True)
-    try:
-        with names_the_file(directory):
-            yield scratch
-            for path in (*scratch.iterdir(), scratch):
-                flush(path)
-            os.rename(scratch, directory)
-            flush(directory.parent)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
+def write_file(path: Path, write):
+    """Make a file by write(scratch), with a path to write to."""
+    with whole(path) as scratch:
+        write(scratch)
 
 def flush(path: Path):
     """Wait until a file or a directory is on the disk."""

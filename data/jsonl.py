@@ -47,20 +47,14 @@ def read_rows(path, contents=None):
     if contents is not None:
         contents[path] = hashlib.sha256(content).hexdigest()
     if text.lstrip().startswith("["):
-        rows = [(f"{path} entry {i}", row) for i, row in enumerate(parse(text, path), 1)]
+        rows = [(f"{path} entry {i}", row) for i, row in enumerate(parse_json(text, path), 1)]
     else:
         lines = [(f"{path} line {i}", line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
-        rows = [(where, parse(line, where)) for where, line in lines]
+        rows = [(where, parse_json(line, where)) for where, line in lines]
     require(rows, f"{path}: holds no rows")
     for where, row in rows:
         require(isinstance(row, dict), f"{where}: not a JSON object")
         yield where, row
-
-def parse(text, where):
-    try:
-        return parse_json(text)
-    except ValueError as error:
-        raise InputError(f"{where}: not valid JSON: {error}")
 
 def read_prompts(path, contents=None):
     """A list of (where, prompt), each prompt once. Rows have "prompt" or "instruction", or the conversations
@@ -118,31 +112,28 @@ def prompt_of(row, where):
         if key == "instruction" and isinstance(fields.get("input"), str):
             prompt += "\n\n" + fields.pop("input")
         prompt = [{"role": "user", "content": prompt}]
-    check_turns(prompt, f'{where}: "{key}"')
+    prompt = plain_turns(prompt, f'{where}: "{key}"')
     require(prompt[-1]["role"] != "assistant",
             f'{where}: "{key}" ends with an assistant turn; it must end before the answer')
     if isinstance(fields.get("system"), str) and prompt[0]["role"] != "system":
         prompt = [{"role": "system", "content": fields.pop("system")}, *prompt]
     require(not fields, f"{where}: {', '.join(fields)} would be left out of the prompt; put what it says "
             f'into "{key}", and remove it')
-    if len(prompt) == 1 and prompt[0]["role"] == "user":
-        return prompt[0]["content"]
-    return [{"role": turn["role"], "content": turn["content"]} for turn in prompt]  # equal prompts are equal
+    return prompt[0]["content"] if len(prompt) == 1 and prompt[0]["role"] == "user" else prompt
 
 def answer_of(answer, prompt, where):
     """The text of an answer: itself, or the last turn of a conversation that may begin with the prompt."""
     if isinstance(answer, str):
         return answer
-    check_turns(answer, f"{where}: an answer")
+    *before, last = plain_turns(answer, f"{where}: an answer")
     turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    good = answer[-1]["role"] == "assistant" and (len(answer) == 1 or plain(answer[:-1]) == plain(turns))
-    require(good, f"{where}: an answer must be one assistant turn, alone or after the prompt's turns")
-    return answer[-1]["content"]
+    require(last["role"] == "assistant" and before in ([], turns),
+            f"{where}: an answer must be one assistant turn, alone or after the prompt's turns")
+    return last["content"]
 
-def plain(turns):
-    return [(turn["role"], turn["content"]) for turn in turns]
-
-def check_turns(turns, where):
+def plain_turns(turns, where):
+    """The turns without other fields, so that equal prompts are equal. InputError if they are none."""
     good = isinstance(turns, list) and turns and all(
         isinstance(t, dict) and t.get("role") in ROLES and isinstance(t.get("content"), str) for t in turns)
     require(good, f'{where} must be text or a list of {{"role", "content"}}, roles {", ".join(ROLES)}')
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]

@@ -1,20 +1,14 @@
-"""The directory of a run, and the four verbs by which dice.py uses it. A run may be killed at any moment. The
-same command then goes on from there.
-
-    run.stage      a checkpoint: made once, kept, never half there
-    run.map        a function over many items with one model: finished chunks are kept
-    run.training   the batches of a training: goes on from the last saved state
-    run.fit        a function; again with smaller passes where memory runs out
+"""The directory of a run, and the four verbs by which dice.py uses it: stage, map, training and fit.
+A run may be killed at any moment. The same command then goes on from there.
 
 Three facts make this simple. A file is complete or not there. A stage is done when its checkpoint is there;
 until then its finished chunks and the last state of its training are in partial/. A part that is done again
 gives the same result, because every random number follows from the seed and its place in the run."""
-import functools
 import gc
 import hashlib
 import shutil
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -33,8 +27,7 @@ from data.processes import (
     STOP, Interrupted, any_process, barrier, held_signals, join_processes, leave_processes, log_info, rank,
     sum_over_processes, world)
 
-# ------------------------------------------------------------------------------------------------------------
-# Memory
+# ---------------------------------------------------------------------------------------- Memory
 OUT_OF_MEMORY = "out of memory", "allocate memory", "ALLOC_FAILED"  # CUDA, CPU, cuBLAS
 
 class Restart(Exception):
@@ -43,13 +36,10 @@ class Restart(Exception):
 
 def again_after_restart(train):
     """Decorator of a function that loads its own model: it begins again, from the last saved state."""
-    @functools.wraps(train)
     def wrapped(*args, **options):
         while True:
-            try:
+            with suppress(Restart):
                 return train(*args, **options)
-            except Restart:
-                pass
     return wrapped
 
 def free_last_model():
@@ -58,8 +48,7 @@ def free_last_model():
         gc.collect()
     torch.cuda.empty_cache()
 
-# ------------------------------------------------------------------------------------------------------------
-# The run
+# ---------------------------------------------------------------------------------------- The run
 class Run:
     """metrics.jsonl, timing.jsonl, partial/, the checkpoints, and the lock of a run in its directory.
 
@@ -140,8 +129,7 @@ class Run:
                 differ.append(f"{flag(name)} {before!r}, now {after!r}")
         return differ
 
-    # --------------------------------------------------------------------------------------------------------
-    # The four verbs
+    # ---------------------------------------------------------------------------------------- The four verbs
     def stage(self, name, make, *args):
         """The checkpoint directory out/NAME. If it is not there, make(self, *args) gives its weights, pairs
         (name, tensor). With --start-from the stages before the first round are the other run's."""
@@ -212,13 +200,11 @@ class Run:
                 path = self.partial(f"{label}.{rank()}.jsonl")
                 files.append_row(path, {"items": hashed, "first": start * count, "results": results})
                 files.flush(path)
-                done |= enumerate(results, start * count)
                 if check and start == 0:
                     check(chunk, results)
                 self.log_speed(label, time.perf_counter() - started, answers=len(results))
         barrier()  # all have written
-        if world() > 1:  # read the results of the others too
-            done = self.kept(label, hashed)
+        done = self.kept(label, hashed)
         return [done[i] for i in range(total)]
 
     def run_chunk(self, budget, fn, network, chunk, count, bar, begin):
@@ -310,7 +296,8 @@ class Run:
             return
         self.flush_metrics()
         shutil.rmtree(self.state_path(step), ignore_errors=True)  # left if others were behind when killed
-        with files.whole_directory(self.state_path(step)) as scratch:
+        with files.whole(self.state_path(step)) as scratch:
+            scratch.mkdir()
             for name, p in weights.items():
                 save_file(state_of(p, optimizer), scratch / f"{name}.safetensors")
         barrier()
@@ -353,8 +340,7 @@ class Run:
         pattern = f"partial/{self.stage_name}.*.{rank()}-of-{world()}"
         return [int(path.name.split(".")[1]) for path in self.out.glob(pattern)]
 
-    # --------------------------------------------------------------------------------------------------------
-    # What is logged, and what stops a run
+    # ------------------------------------------------------------ What is logged, and what stops a run
     def log(self, row):
         """Add a row to metrics.jsonl. A step that is done again after an interruption has its row already."""
         key = row["stage"], row.get("step")

@@ -213,9 +213,9 @@ def test_10_a_run_goes_on_with_other_settings_of_the_machine_and_defaults_for_ab
 FULL = errno.ENOSPC, "No space left on device"
 
 @pytest.mark.parametrize("where, name, number, error", [
-    (files, "json_line", 60, OSError(*FULL)), (os, "rename", 2, OSError(*FULL)),  # of the second state
+    (files, "json_line", 60, OSError(*FULL)), (os, "replace", 3, OSError(*FULL)),  # of the second state
     (runs, "save_file", 10, SafetensorError("I/O error: No space left on device"))],  # of the first
-    ids=["append", "rename", "tensors"])
+    ids=["append", "replace", "tensors"])
 def test_15_a_full_disk_ends_the_run_and_what_is_done_is_kept(
         where, name, number, error, alone, tmp_path, monkeypatch, capsys):
     run, until_full = before("round-1", alone, tmp_path), fails_at(number, getattr(where, name), error)
