@@ -3,14 +3,13 @@
 A command's settings are a dataclass; option() declares a field. A field that is such a dataclass itself
 (dice.Sampling) is flattened: its options stand on the command line and in settings.json beside the others."""
 import argparse
-import functools
 import inspect
 import math
 import os
 import re
 import sys
 import time
-from dataclasses import field, fields, is_dataclass
+from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,17 +53,13 @@ def build(settings_class, values):
 
 def as_dict(settings):
     """{name: value} of all settings, those of the loss included: what settings.json holds."""
-    values = {}
-    for f in fields(settings):
-        value = getattr(settings, f.name)
-        if is_dataclass(value):
-            values |= as_dict(value)
-        elif f.metadata:
-            values[f.name] = value
-    return values | getattr(settings, "loss_options", {})
+    values = asdict(settings)
+    for name, value in [*values.items()]:
+        if isinstance(value, dict):  # a nested class, or the options of the loss
+            values |= values.pop(name)
+    return values
 
-# ------------------------------------------------------------------------------------------------------------
-# Losses
+# ---------------------------------------------------------------------------------------- Losses
 class Loss(NamedTuple):
     fn: object
     parameters: tuple  # the names of fn's parameters
@@ -104,12 +99,10 @@ class Losses(dict):
             clash = own.keys() & (self.settings.keys() | self.terms)
             # A parameter that is not declared, or declared and no parameter, or a default of no setting.
             unknown = {*parameters} - self.terms ^ own.keys() | defaults.keys() - self.settings.keys()
-            if clash:
-                raise TypeError(f"loss {name}: {', '.join(clash)} is a setting of the run or a term already; "
-                                "give the option another name")
-            if unknown:
-                raise TypeError(f"loss {name}: {', '.join(unknown)} must be a parameter and declared in "
-                                f"LOSSES.add(), or one of the terms {', '.join(sorted(self.terms))}")
+            if clash or unknown:
+                raise TypeError(f"loss {name}: {', '.join(clash | unknown)} must be a parameter and declared "
+                                "in LOSSES.add(), with a name that no setting has, or be one of the terms "
+                                f"{', '.join(sorted(self.terms))}")
             self[name] = Loss(fn, parameters, own, defaults)
             self.own.update(own)
             return fn
@@ -132,8 +125,7 @@ class Losses(dict):
             check_value(key, values[key], f)
         return values
 
-# ------------------------------------------------------------------------------------------------------------
-# The command line
+# ---------------------------------------------------------------------------------------- The command line
 def flag(name):
     return "--" + name.replace("_", "-")
 
@@ -195,8 +187,7 @@ def inherit(given, options):
                     "leave it out, or leave out --start-from")
     return {name: known[name] for name, f in options.items() if name in known and f.metadata["identity"]}
 
-# ------------------------------------------------------------------------------------------------------------
-# Checks
+# ---------------------------------------------------------------------------------------- Checks
 def check_value(name, value, f):
     """InputError if a value is not one of an option's choices, or not in its range."""
     least, most, choices = f.metadata["least"], f.metadata["most"], f.metadata["choices"] or (value,)
@@ -283,14 +274,12 @@ def nothing_to_prefer(count):
     return InputError(f"all answers to a prompt have the same reward, for each of {count} prompts; check "
                       "--reward and the two models")
 
-# ------------------------------------------------------------------------------------------------------------
-# Exit codes
+# ---------------------------------------------------------------------------------------- Exit codes
 def command(name):
     """Decorator of main(argv). Exit codes: 0; 2 for bad input, or a file that cannot be read or written; 130
     after Ctrl-C; 1 if another process has ended; each with one line on stderr. 141 if the reader of the
     output has gone. Other errors are bugs and keep their traceback."""
     def decorate(main):
-        @functools.wraps(main)
         def wrapped(argv=None):
             open_streams()
             try:

@@ -96,8 +96,7 @@ def log_info(text):
     if rank() == 0:
         tqdm.write(text, file=sys.stderr)
 
-# ------------------------------------------------------------------------------------------------------------
-# Interruption
+# ---------------------------------------------------------------------------------------- Interruption
 STOP = []  # the signal that asks the run to stop
 
 class Interrupted(Exception):
