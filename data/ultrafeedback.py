@@ -17,7 +17,7 @@ FILES = {"prompt.json": jsonl.read_prompts, "preference.json": jsonl.read_prefer
 DIRECTORY = Path(__file__).resolve().parent / "uf-10k"
 
 def prepare(directory, source):
-    """Download the files that are missing. Returns counts and lengths of all, as a text."""
+    """Download the files that are missing. Returns what there is, as a text."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(directory / ".lock"):
@@ -31,11 +31,7 @@ def prepare(directory, source):
     except (OSError, InputError) as error:
         raise InputError(f"{error}; try again, or put {' and '.join(FILES)} of {source} into {directory} "
                          "by hand") from None
-    longest = max(len(str(prompt)) for _, prompt in prompts)
-    answers = [len(text) for pair in pairs for text in (pair.chosen, pair.rejected)]
-    return (f"{directory}/prompt.json: {len(prompts)} prompts, the longest of {longest} characters\n"
-            f"{directory}/preference.json: {len(pairs)} pairs, answers of {sum(answers) / len(answers):.0f}"
-            f" characters on average, the longest of {max(answers)}")
+    return f"{directory}: {len(prompts)} prompts and {len(pairs)} pairs"
 
 @options.command("ultrafeedback.py")
 def main(argv=None):
