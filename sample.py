@@ -36,10 +36,9 @@ def parse(argv):
     options.add_arguments(parser, shown)
     args = parser.parse_args(argv)
     require(args.model, "--model NAME: give a name or a Hugging Face directory")
-    given = {name: value for name, value in vars(args).items() if name in shown and value is not None}
-    preset = models.PRESETS[args.model].settings if args.model in models.PRESETS else {}
-    preset = {name: value for name, value in preset.items() if name in shown}
-    settings = options.build(dice.Settings, preset | given)
+    values = dict(models.PRESETS[args.model].settings) if args.model in models.PRESETS else {}
+    values |= {name: value for name, value in vars(args).items() if value is not None}
+    settings = options.build(dice.Settings, {name: values[name] for name in shown if name in values})
     options.resolve(settings)
     return args, settings
 
@@ -96,26 +95,24 @@ def answer(model, tokenizer, ids, settings):
 def chat(model, tokenizer, settings):
     """A conversation, turn by turn, until the input ends or the context is full."""
     turns, terminal = [], sys.stdin.isatty() and sys.stdout.isatty()
-    while True:
-        try:
+    try:
+        while True:
             text = input("> " if terminal else "")
-        except (EOFError, KeyboardInterrupt):
-            return print() if terminal else None
-        except UnicodeDecodeError:
-            raise InputError("standard input: not UTF-8 text") from None
-        if not text.strip():
-            continue
-        turns.append({"role": "user", "content": text})
-        ids = encode(turns, False, model, tokenizer, "this conversation")
-        try:
+            if not text.strip():
+                continue
+            turns.append({"role": "user", "content": text})
+            ids = encode(turns, False, model, tokenizer, "this conversation")
             text, finish_reason = answer(model, tokenizer, ids, settings)
-        except KeyboardInterrupt:
-            return print()
-        turns.append({"role": "assistant", "content": text})
-        if finish_reason == "length":
-            full = settings.sampling.max_new_tokens >= model.config.context - len(ids)
-            limit = f"the context of {model.config.context} tokens is full" if full else "--max-new-tokens"
-            print(f"[cut: {limit}]", file=sys.stderr)
+            turns.append({"role": "assistant", "content": text})
+            if finish_reason == "length":
+                context = model.config.context
+                full = settings.sampling.max_new_tokens >= context - len(ids)
+                limit = f"the context of {context} tokens is full" if full else "--max-new-tokens"
+                print(f"[cut: {limit}]", file=sys.stderr)
+    except (EOFError, KeyboardInterrupt):
+        print(end="\n" if terminal else "")
+    except UnicodeDecodeError:
+        raise InputError("standard input: not UTF-8 text") from None
 
 def write_answers(args, model, tokenizer, settings, rows):
     """Write an answer in AlpacaEval's form for each (where, row) of the prompts file, in its order. What is
