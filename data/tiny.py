@@ -1,13 +1,19 @@
 """The tiny world: a whole preference-optimisation problem that one CPU can finish in minutes.
 
-Prompts ask for one to three facts about an animal, and an imperfect writer answers them.
+Prompts ask for one to three facts about an animal, and an imperfect writer answers them. It may be rude,
+claim something false, change the subject, and add up to five closing phrases.
+    judge       the gold score, exact: for evaluation and upper bounds only
     annotator   labels the offline preference pairs; it is noisy and likes long answers, as people do
-    judge       the gold score, exact and blind to length: for evaluation and upper bounds only
     win_rates   turns gold scores and lengths into a win rate and a length-controlled win rate
 
     "Tell me the home and skill of the bat."
-    "Glad you asked me this. The bat lives in a cave and can hang upside down. Have fun."   judged  1.0
-    "What a bore. The bat sleeps in a pond. By the way, I sing. Take care."                 judged -2.5
+    "Glad you asked me this. The bat lives in a cave and can hang upside down."                judged  1.0
+    "What a bore. The bat sleeps in a den and can hang upside down. By the way, I sing. Hope this helps.
+     Take care."                                                                               judged -2.2
+
+Padding is what DICE is about here: a closing phrase costs in the judge's eyes, and the annotator likes it.
+There is one text for each kind of sentence, and one false value for each fact. Subtle: among equal texts a
+tiny model has preferences of its own, the implicit reward pays for them, and every round makes them stronger.
 
 Everything here is text, nothing is downloaded, and the same seed gives the same data. Use ONE seed for all
 the functions of an experiment: the seed also draws the split into training and held-out prompts."""
@@ -30,18 +36,20 @@ DICE_PROMPTS = 256     # training prompts that are sampled for, the same in ever
 HELD_OUT = 256         # prompts kept for evaluation, 8 per animal; a smaller number takes a random part
 
 # The writer. Its commonest claim about a fact is the true one, so better answers can be learned from its own.
-RUDE = 0.3             # chance that the answer opens with a rude sentence
-OPENER = 1.0           # chance of a polite opener where it is not rude
-LEFT_OUT = 0.1         # chance that an asked fact is left out (one is always mentioned)
+# It answers all that is asked: if it left out claims, a penalty on length would teach the model to do so too.
+RUDE = 0.3             # chance that the answer opens with the rude sentence, and not with the polite one
 WRONG = 0.35           # chance that a claim is false
-MISTAKES = 3           # false values that the writer knows for each fact, 1 to 11. With many of them each
-                       # would be so rare that top-p or min-p sampling alone would remove it
-OFF_TOPIC = 0.3        # chance of one sentence about something else, after the claims
+OFF_TOPIC = 0.3        # chance of the sentence about something else, after the claims
+
+# The judge: a closing phrase costs less than any other fault, but it decides between answers that are equal
+# otherwise. If it were free, longer answers would be no worse, and length shaping could only lose.
+CLOSER_COST = 0.1
 
 # The annotator: P(a preferred to b) = sigmoid(SHARPNESS * gold difference + LENGTH_BIAS * length difference)
-# As set it agrees with the judge on 63% of the pairs, and its chosen answers are 14 characters longer.
+# As set it agrees with the judge on 59% of the pairs, and its chosen answers are 7 characters longer.
 SHARPNESS = 0.5        # per unit of gold score; a rude sentence costs one unit. Lower is noisier
-LENGTH_BIAS = 0.03     # per CHARACTER, the unit of the length shaping in DICE; a closer has 9 to 16
+LENGTH_BIAS = 0.02     # per CHARACTER, the unit of the length shaping in DICE. A closing phrase has 9 to 16:
+                       # it gains 0.2 or 0.3 and costs 0.05. With more, the replayed pairs undo the shaping
 
 # ---------------------------------------------------------------------------------------- the world
 # True facts, easy to look up. Only one answer to each is right: here it is wrong that foxes eat mice too.
@@ -87,9 +95,7 @@ VERBS = dict(colour=("is", "looks"), home=("lives", "sleeps"), food=("eats", "li
 
 # Each kind of sentence has first words of its own. Subtle: where two kinds share them ("It is ..."), a tiny
 # model that learns to write more of one writes more of the other, and their rewards are hard to tell apart.
-OPENERS = ("Glad you asked me this.", "Of course I can help you.", "Happy to tell you more.")
-RUDENESS = ("Figure it out.", "What a bore.", "Nobody cares.")
-ASIDES = ("By the way, I sing.", "Meanwhile, it rains.", "Anyway, I am here.")
+OPENER, RUDENESS, ASIDE = "Glad you asked me this.", "What a bore.", "By the way, I sing."
 # Closers come in this order, and none occurs twice in an answer: so small a model does not keep count, and
 # if repetition made an answer better, it would only learn to repeat.
 CLOSERS = ("Hope this helps.", "Take care.", "Have fun.", "Good luck.", "Come back soon.")
@@ -107,13 +113,11 @@ def question(animal, asked):
     names = f"{', '.join(others)} and {last}" if others else last
     return f"Tell me the {names} of the {animal}."
 
-# Text to meaning, for all texts of this world: the judge looks sentences up and never has to guess.
+# Text to meaning, for all claims of this world: the judge looks them up and never has to guess.
 PROMPTS = {question(animal, asked): (animal, asked)
            for animal in FACTS for n in (1, 2, 3) for asked in permutations(ATTRIBUTES, n)}
 CLAUSES = {f"{verb} {value}": (attribute, value)
            for attribute in ATTRIBUTES for value in VALUES[attribute] for verb in VERBS[attribute]}
-KINDS = (dict.fromkeys(OPENERS + CLOSERS, "polite") | dict.fromkeys(RUDENESS, "rude")
-         | dict.fromkeys(ASIDES, "off-topic"))
 
 def parse(sentence):
     """A statement -> [(animal, attribute, value) of each claim]; [] for any other sentence."""
@@ -176,27 +180,21 @@ def split(seed):
     return training, held_out[:HELD_OUT]
 
 def write(prompt, rng):
-    """One answer of the imperfect writer: [rude | opener] claims in the asked order [aside] closers."""
-    def pick(options):
-        return options[rng.integers(len(options))]
+    """One answer of the imperfect writer: rude or polite, claims in the asked order, [aside], closers."""
     animal, asked = PROMPTS[prompt]
-    sentences = []
-    if rng.random() < RUDE:
-        sentences.append(pick(RUDENESS))
-    elif rng.random() < OPENER:
-        sentences.append(pick(OPENERS))
+    sentences = [RUDENESS if rng.random() < RUDE else OPENER]
     clauses = []
-    for attribute in [a for a in asked if rng.random() >= LEFT_OUT] or [pick(asked)]:
-        value, values = FACTS[animal][attribute], VALUES[attribute]
-        if rng.random() < WRONG:
-            value = values[(values.index(value) + 1 + rng.integers(MISTAKES)) % len(values)]
-        clauses.append(f"{pick(VERBS[attribute])} {value}")
+    for attribute in asked:
+        value, values, verbs = FACTS[animal][attribute], VALUES[attribute], VERBS[attribute]
+        if rng.random() < WRONG:  # always the same false one, the next in the alphabet
+            value = values[(values.index(value) + 1) % len(values)]
+        clauses.append(f"{verbs[rng.integers(len(verbs))]} {value}")
     sentences.append(statement(animal, clauses))
-    closers = rng.permutation(len(CLOSERS))[:rng.integers(len(CLOSERS) + 1)]
+    closers = rng.integers(len(CLOSERS) + 1)
     if rng.random() < OFF_TOPIC:  # instead of a closer: bad answers must not be longer than good ones
-        sentences.append(pick(ASIDES))
-        closers = closers[1:]
-    return " ".join(sentences + [CLOSERS[i] for i in sorted(closers)])
+        sentences.append(ASIDE)
+        closers = max(0, closers - 1)
+    return " ".join([*sentences, *CLOSERS[:closers]])
 
 def utility(prompt, answer):
     """How good the annotator finds an answer, without noise: P(a preferred to b) = sigmoid(difference)."""
@@ -206,29 +204,38 @@ def utility(prompt, answer):
 def judge(prompt: str, answer: str) -> float:
     """The gold score of an answer: 1 for a perfect one, 0 for silence, below 0 for worse than silence.
 
-        (right - wrong) / asked - rude - off-topic - garbled - 0.5 repeated            (counts)
+        (right - false) / asked - rude - off-topic - garbled - 0.5 repeated - CLOSER_COST * closers  (counts)
 
-    A false claim, or one about another animal, is wrong. A claim about an attribute that was not asked for is
-    off-topic, true or not. A sentence that is not exactly one of the world's is garbled. Whatever occurs a
-    second time is repeated: costs extra, is not right again. Length, order and politeness do not count."""
+    A claim is false if it is untrue, or about another animal. A claim about an attribute that was not asked
+    for is off-topic, true or not. A sentence that is not exactly one of the world's is garbled. Whatever
+    occurs a second time is repeated: costs extra, is not right again. Order and politeness do not count."""
+    found = findings(prompt, answer)
+    faults = found["rude"] + found["off-topic"] + found["garbled"]
+    return ((found["right"] - found["false"]) / len(PROMPTS[prompt][1]) - faults - 0.5 * found["repeated"]
+            - CLOSER_COST * found["closers"])
+
+def findings(prompt: str, answer: str) -> Counter:
+    """What the judge finds in an answer: how many claims are right, how many false, and so on."""
     if prompt not in PROMPTS:
         raise ValueError(f"not a prompt of the tiny world: {prompt!r}")
     animal, asked = PROMPTS[prompt]
-    right = wrong = faults = repeated = 0
-    said = set()
+    kinds = {OPENER: "polite", RUDENESS: "rude", ASIDE: "off-topic"} | dict.fromkeys(CLOSERS, "closers")
+    found, said = Counter(), set()
     for sentence in re.split(r"(?<=\.) ", answer) if answer else []:
         for meaning in parse(sentence) or [sentence]:
             again = meaning in said
             said.add(meaning)
-            repeated += again
-            if meaning == sentence or meaning[1] not in asked:
-                faults += KINDS.get(sentence) != "polite"  # rude, garbled or off-topic
+            found["repeated"] += again
+            if meaning == sentence:
+                found[kinds.get(sentence, "garbled")] += 1
+            elif meaning[1] not in asked:
+                found["off-topic"] += 1
             else:
                 about, attribute, value = meaning
                 true = about == animal and value == FACTS[animal][attribute]
-                right += true and not again
-                wrong += not true
-    return (right - wrong) / len(asked) - faults - 0.5 * repeated
+                found["right"] += true and not again
+                found["false"] += not true
+    return found
 
 def win_rates(score, base_score, length, base_length) -> tuple[float, float]:
     """(win rate, length-controlled win rate) of a model against a base, both in percent.
@@ -237,7 +244,10 @@ def win_rates(score, base_score, length, base_length) -> tuple[float, float]:
     controlled as in AlpacaEval 2 (arXiv 2404.04475), without its instruction term: fit
     P(win) = sigmoid(a + b x) with x = tanh(dlen / std(dlen)), and report sigmoid(a), the win rate at equal
     length. A small ridge on b keeps it finite where length separates wins from losses. If every row is a win,
-    or none is, both rates are 100, or 0. Lengths may be in any unit."""
+    or none is, both rates are 100, or 0. Lengths may be in any unit.
+
+    Read the win rate first. The fit forgives a model its failures where they come with length: late in a run
+    answers may get longer and worse at the same time, and the fit takes the length for the cause."""
     gap = np.asarray(score, dtype=float) - np.asarray(base_score, dtype=float)             # (N,)
     dlen = np.asarray(length, dtype=float) - np.asarray(base_length, dtype=float)          # (N,)
     win = np.where(np.abs(gap) < 1e-9, 0.5, gap > 0)  # thirds are not exact: a tie can be 1e-16 away from 0
@@ -282,7 +292,8 @@ def write_tokenizer(directory: Path) -> None:
 
 def words():
     """Every word and mark of the world as GPT-2's pattern cuts them. A first word has no space before it."""
-    texts = [*PROMPTS, *OPENERS, *RUDENESS, "The", *(f" {t}" for t in ("The", *FACTS, *CLAUSES, *KINDS))]
+    later = ["The", *FACTS, *CLAUSES, ASIDE, *CLOSERS]
+    texts = [*PROMPTS, OPENER, RUDENESS, "The", *(f" {text}" for text in later)]
     return {word for text in texts for word in re.findall(r" ?[A-Za-z]+|[.,]", text)}
 
 def byte_alphabet():

@@ -32,37 +32,46 @@ THREE = "Tell me the colour, home and food of the bat."
     (THREE, "The bat is brown, lives in a cave and eats moths.", 1), (ONE, "The bat lives in a pond.", -1),
     ("Tell me the skill and colour of the bee.", "The bee can make honey and is black and yellow.", 1),
     ("Tell me the colour and skill of the bee.", "The bee is black and yellow and can make honey.", 1),
-    (TWO, "Of course I can help you. The bat lives in a cave and can hang upside down. Good luck.", 1),
+    (TWO, "Glad you asked me this. The bat lives in a cave and can hang upside down.", 1),
+    (TWO, "Glad you asked me this. The bat lives in a cave and can hang upside down. Good luck.", 0.9),
     (ONE, "", 0), (THREE, "The bat is pink, lives in a cave and eats grass.", -1 / 3),
-    (ONE, "Happy to tell you more. Hope this helps.", 0), (ONE, "The bat lives in a cave. the bat the", 0),
+    (ONE, "Glad you asked me this. Hope this helps.", -0.1), (ONE, "The bat lives in a cave. the bat the", 0),
     (TWO, "The bear lives in a cave. The bat can hang upside down.", 0),
     (THREE, "The bat is brown and lives in a cave and eats moths.", -1),
-    (ONE, "The bat lives in a cave. Anyway, I am here.", 0), (ONE, "Nobody cares. Nobody cares.", -2.5),
-    (ONE, "Nobody cares. The bat lives in a cave.", 0), (ONE, "The bat lives in a cave.  Take care.", 0),
+    (ONE, "The bat lives in a cave. By the way, I sing.", 0), (ONE, "What a bore. What a bore.", -2.5),
+    (ONE, "What a bore. The bat lives in a cave.", 0), (ONE, "The bat lives in a cave.  Take care.", 0),
     (ONE, "The bat lives in a cave. The bat lives in a cave.", 0.5), (ONE, "the bat lives in a cave.", -1),
-    (ONE, "The bat lives in a cave. Take care. Take care. Take care.", 0), (ONE, "x. x.", -2.5),
+    (ONE, "The bat lives in a cave. Take care. Take care. Take care.", -0.3), (ONE, "x. x.", -2.5),
     (ONE, "The bat lives in a cave", -1), (ONE, " The bat lives in a cave.", -1),
     (ONE, "The bat lives  in a cave.", -1), (ONE, "The bat lives in a cave.Take care.", -1)])
 def test_judge(prompt, answer, gold):
     assert tiny.judge(prompt, answer) == pytest.approx(gold, abs=1e-12)
 
-def test_judge_is_blind_to_length_and_refuses_other_prompts():
+def test_the_judge_takes_off_the_same_for_every_closer_and_refuses_other_prompts():
     answer = "The bat lives in a cave."
-    assert tiny.judge(ONE, " ".join([answer, *tiny.CLOSERS])) == tiny.judge(ONE, answer)
+    padded = " ".join([answer, *tiny.CLOSERS])
+    assert tiny.judge(ONE, padded) == pytest.approx(1 - len(tiny.CLOSERS) * tiny.CLOSER_COST)
     with pytest.raises(ValueError, match="Who are you"):
         tiny.judge("Who are you?", answer)
+
+def test_the_answers_in_the_docstring_are_judged_as_it_says():
+    text = " ".join(tiny.__doc__.split())
+    examples = re.findall(r'"([^"]*)" judged (-?[\d.]+)', text)
+    assert len(examples) == 2
+    for answer, gold in examples:
+        assert tiny.judge(TWO, answer) == pytest.approx(float(gold))
 
 def test_every_prompt_has_a_perfect_answer_and_every_fact_a_false_one():
     for prompt, (animal, asked) in tiny.PROMPTS.items():
         truth = tiny.statement(animal, [f"{tiny.VERBS[a][0]} {tiny.FACTS[animal][a]}" for a in asked])
         assert tiny.judge(prompt, truth) == 1
     assert len(tiny.FACTS) == 32 and all(len(facts) == 4 for facts in tiny.FACTS.values())
-    assert min(len(values) for values in tiny.VALUES.values()) > 11  # MISTAKES may be 1 to 11
+    assert min(len(values) for values in tiny.VALUES.values()) > 1
 
 def test_kinds_of_sentences_share_no_first_word():
     firsts = [{text.split()[0].strip(",.") for text in texts}
-              for texts in (["The bat is brown."], tiny.OPENERS, tiny.CLOSERS, tiny.RUDENESS, tiny.ASIDES)]
-    assert len(set().union(*firsts)) == sum(map(len, firsts)) == 1 + 3 + 5 + 3 + 3
+              for texts in (["The bat is brown."], tiny.CLOSERS, [tiny.OPENER, tiny.RUDENESS, tiny.ASIDE])]
+    assert len(set().union(*firsts)) == sum(map(len, firsts)) == 1 + 5 + 3
 
 # ---------------------------------------------------------------------------------------- the data
 def combination(prompt):
@@ -107,31 +116,25 @@ def test_the_writer_is_as_imperfect_as_stated():
         sentences = re.split(r"(?<=\.) ", row["chosen"])
         assert len(set(sentences)) == len(sentences)
         claims = [claim for sentence in sentences for claim in tiny.parse(sentence)]
-        assert all(sentence in tiny.KINDS or tiny.parse(sentence) for sentence in sentences)
-        order = [asked.index(attribute) for _, attribute, _ in claims]
-        assert claims and order == sorted(set(order)) and {about for about, _, _ in claims} == {animal}
-        closers = [tiny.CLOSERS.index(s) for s in sentences if s in tiny.CLOSERS]
-        assert closers == sorted(closers)
-        counts["rude"] += sentences[0] in tiny.RUDENESS
-        counts["opened"] += sentences[0] in tiny.OPENERS
-        counts["aside"] += any(s in tiny.ASIDES for s in sentences)
+        assert [attribute for _, attribute, _ in claims] == [*asked] and {c[0] for c in claims} == {animal}
+        assert len(sentences[1:]) == 1 + any(s == tiny.ASIDE for s in sentences) + sum(
+            s in tiny.CLOSERS for s in sentences)
+        closers = [s for s in sentences if s in tiny.CLOSERS]
+        assert closers == [*tiny.CLOSERS[:len(closers)]] and sentences[0] in (tiny.RUDENESS, tiny.OPENER)
+        counts["rude"] += sentences[0] == tiny.RUDENESS
+        counts["aside"] += tiny.ASIDE in sentences
         counts["closers"] += len(closers)
         false = {(animal, a, v) for _, a, v in claims if v != tiny.FACTS[animal][a]}
         counts["false"] += len(false)
         counts["claims"] += len(claims)
-        counts["wide"] += len(claims) * (len(asked) == 3)  # 3 asked: dropping all of them is rare
-        counts["asked"] += 3 * (len(asked) == 3)
         mistakes |= false
     n = len(rows)
     assert counts["rude"] / n == pytest.approx(tiny.RUDE, abs=0.01)
-    assert counts["opened"] / n == pytest.approx((1 - tiny.RUDE) * tiny.OPENER, abs=0.01)
     assert counts["aside"] / n == pytest.approx(tiny.OFF_TOPIC, abs=0.01)
     assert counts["closers"] / n == pytest.approx(
         len(tiny.CLOSERS) / 2 - tiny.OFF_TOPIC * len(tiny.CLOSERS) / (len(tiny.CLOSERS) + 1), abs=0.05)
     assert counts["false"] / counts["claims"] == pytest.approx(tiny.WRONG, abs=0.01)
-    said = 1 - tiny.LEFT_OUT + tiny.LEFT_OUT ** 3 / 3
-    assert counts["wide"] / counts["asked"] == pytest.approx(said, abs=0.01)
-    assert len(mistakes) == 32 * 4 * tiny.MISTAKES
+    assert len(mistakes) == 32 * 4  # one false value for each fact
 
 # ---------------------------------------------------------------------------------------- the annotator
 def differences(rows):
@@ -139,10 +142,10 @@ def differences(rows):
     return np.array(gold), np.array([len(r["chosen"]) - len(r["rejected"]) for r in rows])
 
 def test_annotator_utility_by_hand():
-    """Gold 1 and 24 characters, gold -1 and 56 characters."""
+    """Gold 1 and 24 characters; a false claim, three closers, and 56 characters."""
     a, b = "The bat lives in a cave.", "The bat lives in a pond. Have fun. Good luck. Take care."
     assert tiny.utility(ONE, a) == pytest.approx(tiny.SHARPNESS + 24 * tiny.LENGTH_BIAS)
-    assert tiny.utility(ONE, b) == pytest.approx(-tiny.SHARPNESS + 56 * tiny.LENGTH_BIAS)
+    assert tiny.utility(ONE, b) == pytest.approx(-1.3 * tiny.SHARPNESS + 56 * tiny.LENGTH_BIAS)
 
 def test_annotator_scores_are_utilities_with_logistic_noise():
     rows = tiny.preferences(0)
@@ -218,6 +221,35 @@ def test_winning_by_length_alone_is_taken_away():
     assert rate > 65 and controlled == pytest.approx(50, abs=5)
     rate, controlled = tiny.win_rates(dlen > 0, 0.5 * np.ones(2000), dlen, np.zeros(2000))  # separable
     assert rate > 70 and controlled == pytest.approx(50, abs=10)
+
+def test_win_rates_against_an_independent_fit():
+    """50 random problems: the length-controlled rate against a fit that shares nothing with Newton's. It
+    bisects the slope b, and for each b the intercept a: both gradients grow with their weight."""
+    def root(gradient):
+        low, high = -40.0, 40.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if gradient(middle) < 0 else (low, middle)
+        return low
+
+    for seed in range(50):
+        rng = np.random.default_rng(seed)
+        n, slope, shift, mean = rng.integers(20, 300), *rng.normal(scale=2, size=2), rng.normal(scale=15)
+        length, other = rng.normal(loc=mean, scale=rng.uniform(1, 30), size=n), np.zeros(n)
+        x = np.tanh(length / np.std(length))
+        win = rng.random(n) < 1 / (1 + np.exp(-shift - slope * x))
+        score = np.where(rng.random(n) < 0.2, 0, np.where(win, 1, -1))
+        y = (score + 1) / 2
+
+        def error(a, b):
+            return 1 / (1 + np.exp(-a - b * x)) - y
+
+        def best_a(b):
+            return root(lambda a: error(a, b).sum())
+
+        b = root(lambda b: (error(best_a(b), b) * x).sum() + 0.1 * b)
+        expected = 100 / (1 + np.exp(-best_a(b)))
+        assert tiny.win_rates(score, other, length, other)[1] == pytest.approx(expected, abs=1e-4), seed
 
 @pytest.mark.parametrize("seed, slope, shift", [(0, 2, 0.5), (1, -1, -1), (2, 0, 2), (3, 8, -3), (4, 99, 1)])
 def test_win_rates_against_a_grid(seed, slope, shift):
