@@ -212,6 +212,7 @@ class Sample:
     finish: str = "stop"  # or "length": cut
     logprob: float = math.nan  # log pi_t(y|x): in the reward, and the reference of the DPO loss
     prev_logprob: float = math.nan  # log pi_{t-1}(y|x)
+    older_logprob: float = math.nan  # for the report alone, see run_rounds
     reward: float = math.nan
     shaped: float = math.nan  # reward - alpha * length
     score: float = math.nan  # of an answer in a data file (for ODPO)
@@ -231,15 +232,15 @@ class Pair:
 
 # ------------------------------------------------------------------------------------------------------------
 # One round of DICE
-def dice_round(run, t, policy_dir, prev_dir):
+def dice_round(run, t, policy_dir, prev_dir, older_dir=None):
     """From pi_t and pi_{t-1} to pi_{t+1}: yields its weights, (name, tensor)."""
     s = run.settings.of_round(t)
     # Steps 1 and 2. With --reward-reference first, prev_dir is the first model. It may be None if another
-    # reward than the implicit one ranks the answers.
+    # reward than the implicit one ranks the answers. older_dir is for the report: see run_rounds.
     samples = sample_answers(run, s, "samples", policy_dir, prompts_of_round(run, t), s.samples, stream=t)
-    add_logprobs(run, "samples", samples, policy_dir)
-    if prev_dir:
-        add_logprobs(run, "samples", samples, prev_dir, "prev_logprob")
+    for model_dir, name in (policy_dir, "logprob"), (prev_dir, "prev_logprob"), (older_dir, "older_logprob"):
+        if model_dir:
+            add_logprobs(run, "samples", samples, model_dir, name)
     add_rewards(run, s, "samples", samples, policy_dir, prev_dir)
     # Steps 3 and 4. lost: how many prompts give no pair, and why.
     alpha, pairs, lost = make_pairs(samples, s, np.random.default_rng([s.seed, t, 1]))
@@ -249,7 +250,8 @@ def dice_round(run, t, policy_dir, prev_dir):
     add_logprobs(run, "replay", answers_of(pairs, "replayed"), policy_dir)
     # How often does the reward agree with offline pairs that this run does not train on? For the report.
     add_rewards(run, s, "held-out", answers_of(run.held_out), policy_dir, prev_dir)
-    report.log_round(run, s, alpha, samples, pairs, lost)
+    # Rows, lines and a picture. Its last two arguments are for the picture.
+    report.log_round(run, s, alpha, samples, pairs, lost, usable_answers(samples, s)[0], choose_pairs)
     # Step 6.
     return train_on_pairs(run, s, t, policy_dir, prev_dir, pairs, lr=s.lr, steps=s.steps)
 
@@ -581,15 +583,12 @@ def fdpo_filter(run, s, t, policy_dir, prev_dir, model, epoch, pairs):
     add_rewards(run, s, label, samples, policy_dir, prev_dir)
     reward = {tuple(x.prompt.ids): x.reward for x in samples}
     # Interrupted and begun again, an epoch finds these answers and rewards kept by run.map: the same choice.
-    kept = [p for p in pairs if fdpo_keeps(reward[tuple(p.prompt.ids)], p.chosen.reward)]
+    # A tie is dropped.
+    kept = [p for p in pairs if reward[tuple(p.prompt.ids)] < p.chosen.reward]
     log_info(f"fDPO, epoch {epoch + 1}: {len(kept)} of {len(pairs)} pairs are kept")
     require(kept or epoch, "--data-filter fdpo: leaves no pair to train on. By this reward the policy's own "
             "answers are as good as every chosen one. Do without the filter, or stop here")
     return kept
-
-def fdpo_keeps(reward, chosen_reward):
-    """Keep a pair while its chosen answer is better than the policy's own answer. A tie is dropped."""
-    return reward < chosen_reward
 
 # ------------------------------------------------------------------------------------------------------------
 # Sequence log-probs
@@ -853,7 +852,8 @@ def load_model(directory, device, dtype=torch.float32):
     return build_model(config, models.read_weights(directory, config, dtype).items(), dtype).to(device)
 
 # ------------------------------------------------------------------------------------------------------------
-# KV cache and sampler The number of a stream is a part of the seed. Round t samples with stream t. Evaluation
+# KV cache and sampler
+# The number of a stream of random numbers is a part of the seed. Round t samples with stream t. Evaluation
 # and fDPO have others:
 EVALUATION, FILTER = 2**31, 2**32
 
@@ -1195,10 +1195,14 @@ def first_models(run):
     return policy_dir, prev_dir
 
 def run_rounds(run, policy_dir, prev_dir):
-    first_dir = prev_dir
+    first_dir, last_dir = prev_dir, None
     for t in range(1, run.settings.rounds + 1):
-        compared_dir = first_dir if run.settings.of_round(t).reward_reference == "first" else prev_dir
-        new_dir = run.stage(f"round-{t}/policy", dice_round, t, policy_dir, compared_dir)
+        # The reward is log pi_t - log pi_{t-1}. The report compares it with the reward of the round before,
+        # log pi_{t-1} - log pi_{t-2}. With --reward-reference first, both subtract that of the first model.
+        s = run.settings.of_round(t)
+        others = (first_dir, prev_dir) if last_dir and s.reward_reference == "first" else (prev_dir, last_dir)
+        new_dir = run.stage(f"round-{t}/policy", dice_round, t, policy_dir, *others)
+        last_dir = prev_dir if s.reward == "implicit" else None
         prev_dir, policy_dir = policy_dir, new_dir
         evaluate(run, f"round-{t}", policy_dir, prev_dir)
 

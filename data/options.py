@@ -243,8 +243,8 @@ def check_data(s, data):
             "trained already; give --sft-steps 0, or no --reference")
     require(offline or not s.sft_steps,
             f"--sft-steps {s.sft_steps}: needs answers to learn; give --preferences FILE")
-    require(not s.rounds or s.reward != "implicit" or s.reference or s.dpo_steps, "--dpo-steps 0: the implicit "
-            "reward needs a policy that DPO has trained; give --reference DIR, or --dpo-steps above 0")
+    require(not s.rounds or s.reward != "implicit" or s.reference or s.dpo_steps, "--dpo-steps 0: the "
+            "implicit reward needs a policy that DPO has trained; give --reference DIR, or --dpo-steps 300")
     require(offline or s.reference or not s.dpo_steps, "DICE needs a DPO-trained policy: give --reference "
             "DIR, which --model was trained from, or --preferences FILE to train it with DPO first")
     require(offline or not s.gamma or not s.rounds, f"--gamma {s.gamma}: there are no offline pairs to "

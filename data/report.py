@@ -1,10 +1,9 @@
-"""What comes out of a run: the files of a round, its lines and warnings, and report.md with curves.png.
+"""What comes out of a run: the files of a round, its lines and warnings, and report.md. Pictures: plots.py.
 
     python data/report.py out/tiny        writes report.md and curves.png again, from the files of the run"""
 import html
 import json
 import math
-import os
 import re
 import sys
 from collections import Counter
@@ -14,13 +13,14 @@ from statistics import fmean
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # needed as a script
-from data import files, options, tiny  # noqa: E402
+from data import files, options, plots, tiny  # noqa: E402
 from data.processes import log_info, rank  # noqa: E402
 
 # ---------------------------------------------------------------------------------------- during a run
-def log_round(run, s, alpha, samples, pairs, lost):
-    """Write samples.jsonl, pairs.jsonl (TRL's form of a preference set) and the round's row of metrics.jsonl,
-    and log the round. lost: reason -> prompts that gave no pair."""
+def log_round(run, s, alpha, samples, pairs, lost, groups, choose):
+    """Write samples.jsonl, pairs.jsonl (TRL's form of a preference set), shaping.png and the round's row of
+    metrics.jsonl, and log the round. lost: reason -> prompts that gave no pair. groups: the usable answers of
+    the others. choose: dice.choose_pairs."""
     stage = run.stage_name
     run.write_rows(f"{stage}/samples.jsonl", [
         {"prompt": x.prompt.content, "sample": x.number, "tokens": x.tokens, "text": x.text,
@@ -32,7 +32,9 @@ def log_round(run, s, alpha, samples, pairs, lost):
     new = [p for p in pairs if p.source == "generated"]
     gaps = [len(p.chosen.text) - len(p.rejected.text) for p in new]
     prompts = len({x.prompt.key for x in samples})
-    agrees = [p.chosen.reward > p.rejected.reward for p in run.held_out]
+    # Of offline pairs that are never trained on. sigmoid(-margin), the weight of a pair in the gradient of
+    # DPO, falls to 0 as the pairs are learned.
+    margins = s.beta * np.array([p.chosen.reward - p.rejected.reward for p in run.held_out])
     # The KL of pi_t to the model that the reward compares it with: not always pi_{t-1}.
     kl = "kl_to_previous" if s.reward_reference == "previous" else "kl_to_first"
     row = {"stage": stage, "alpha": alpha, "generated_pairs": len(new),
@@ -40,13 +42,18 @@ def log_round(run, s, alpha, samples, pairs, lost):
            "truncated": fmean(x.finish == "length" for x in samples),
            "identical": 1 - len({(x.prompt.key, x.text) for x in samples}) / len(samples),
            kl: fmean(x.logprob - x.prev_logprob for x in samples),
-           "offline_agreement": fmean(agrees) if agrees else None,
+           "offline_agreement": float((margins > 0).mean()) if run.held_out else None,
+           "offline_unlearned": float((0.5 - 0.5 * np.tanh(margins / 2)).mean()) if run.held_out else None,
+           "rank_agreement": rank_agreement(samples, s),
            "pair_length_gap": fmean(gaps or [0]),
            "prompts": prompts, "prompts_with_pair": prompts - sum(lost.values()),
            **{column(reason): lost[reason] for reason in REASONS}}
     if run.is_tiny and not s.prompts:  # only for the report: the share of pairs that the judge agrees with
         gold = [[tiny.judge(p.prompt.content, x.text) for x in (p.chosen, p.rejected)] for p in new]
-        row["pairs_right"] = sum(chosen > rejected for chosen, rejected in gold) / max(1, len(new))
+        gap = np.array([chosen - rejected for chosen, rejected in gold])
+        untied = np.abs(gap) > 1e-9
+        row["pairs_right"] = float((gap > 0)[untied].mean()) if untied.any() else None
+        row["pairs_tied"] = float(1 - untied.mean()) if new else None
     run.log(row)
     unit = {"chars": "character", "tokens": "token"}[s.length_unit]
     log_info(f"{stage}: alpha {alpha:.4g} nats per {unit}; {len(new)} generated pairs, chosen "
@@ -54,12 +61,35 @@ def log_round(run, s, alpha, samples, pairs, lost):
     log_info(f"{stage}: {prompts_line(row)}")
     other = "pi_{t-1}" if kl == "kl_to_previous" else "the first model"
     kl = "not known" if math.isnan(row[kl]) else f"{row[kl]:.2f} nats"
-    agreed = f"{row['offline_agreement']:.0%}" if agrees else "not known"
+    agreed = f"{row['offline_agreement']:.0%}" if run.held_out else "not known"
     log_info(f"{stage}: KL of pi_t to {other} {kl}; answers of {row['answer_chars']:.0f} characters, "
              f"{row['truncated']:.1%} cut, {row['identical']:.1%} the same as another; agreement with the "
              f"held-out offline pairs {agreed}")
+    if groups and s.rejected == "worst":  # a random answer shows nothing of the length bias
+        reward, length = np.full((2, len(groups), s.samples), np.nan)
+        for i, group in enumerate(groups):
+            reward[i, :len(group)] = [x.reward for x in group]
+            length[i, :len(group)] = [len(x.text if s.length_unit == "chars" else x.tokens) for x in group]
+        plots.save(run.out / stage / "shaping.png", plots.shaping, stage, reward, length, f"{unit}s", alpha,
+                   "alpha*" if s.alpha == "auto" else "alpha", choose)
     for warning in warnings(row, next(old for old in run.metrics if "alpha" in old)):
         log_info(f"{stage}: WARNING: {warning}")
+
+def rank_agreement(samples, s):
+    """Do the rewards of this round and of the round before rank the answers alike? Kendall's tau, 1 for the
+    same order and -1 for the reverse, its mean over the prompts; as in CREAM, arXiv 2410.12735. It needs no
+    judge. None in the first round, and with other rewards than the implicit one."""
+    # r_t and r_{t-1} of each answer. With --reward-reference first both compare with the first model, whose
+    # log-prob is prev_logprob then.
+    sign = 1 if s.reward_reference == "previous" else -1
+    now = np.array([x.logprob - x.prev_logprob for x in samples]).reshape(-1, s.samples)  # (P, K)
+    before = np.array([sign * (x.prev_logprob - x.older_logprob) for x in samples]).reshape(-1, s.samples)
+    if s.reward != "implicit" or not np.isfinite(before).all():
+        return None
+    signs = [np.sign(reward[:, :, None] - reward[:, None, :]) for reward in (now, before)]  # (P, K, K)
+    alike = signs[0] * signs[1]
+    pairs = np.abs(alike).sum(axis=(1, 2))  # twice the pairs of answers without a tie
+    return float((alike.sum(axis=(1, 2))[pairs > 0] / pairs[pairs > 0]).mean()) if pairs.any() else None
 
 # Why a prompt gives no pair, and what to do.
 REASONS = {
@@ -142,39 +172,64 @@ def write(out):
         text = markdown(table) + examples(out, judged_stages(out)[-1], table[-1]["stage"])
     shown = ("model", "seed", "rounds", "samples", "gamma", "alpha", "reward", "loss", "beta")
     about = ", ".join(f"{key} {as_text(settings[key])}" for key in shown if key in settings)
-    rounds = "".join(f"- {row['stage']}: {prompts_line(row)}\n" for row in metrics if "alpha" in row)
+    rounds = [row for row in metrics if "alpha" in row]
+    if rounds:
+        more += "\n" + "".join(f"- {row['stage']}: {prompts_line(row)}\n" for row in rounds)
+        if not judged_stages(out):
+            more += generated_pairs(out, rounds[-1]["stage"])
+    pictures = [f"{row['stage']}/shaping.png" for row in rounds]
+    pictures = [name for name in pictures if (out / name).exists()]
+    if metrics and plots.available():
+        pictures.append("curves.png")
     if rank() == 0:
         files.write_file(out / "report.md", lambda scratch: scratch.write_text(
             f"# DICE: {as_text(settings['model'])}\n\n{about}; the other settings are in settings.json.\n\n"
-            f"{text}{more}\n{rounds}\n![curves](curves.png)\n", encoding="utf-8"))
-        try:
-            curves(out, metrics, table)
-        except Exception as error:  # whatever it is, it must not cost the table
-            log_info(f"curves.png was not drawn (it needs matplotlib): {' '.join(str(error).split())}")
+            f"{text}{more}" + "".join(f"\n![{name}]({name})\n" for name in pictures), encoding="utf-8"))
+        if metrics:
+            plots.save(out / "curves.png", plots.curves, metrics, table)
     return text
 
 def judged_stages(out, rounds=()):
     """The judged stages among SFT, DPO and the rounds. Rounds are compared with the last before them."""
     return [x for x in ("sft", "dpo", *rounds) if (out / "evaluation" / f"{x}.jsonl").exists()]
 
+def fault_shares(out, stage):
+    """The share of held-out answers with each fault, in percent, and their mean number of closing phrases."""
+    rows = read_rows(out / "evaluation" / f"{stage}.jsonl")
+    found = [tiny.findings(row["prompt"], row["text"]) for row in rows]
+    shares = {}
+    for fault in ("false", "rude", "off-topic", "garbled", "repeated"):
+        shares[f"{fault} %"] = 100 * fmean(counts[fault] > 0 for counts in found)
+    return shares | {"closers": fmean(counts["closers"] for counts in found)}
+
 def judged_answers(out, stage):
     """Gold scores, rewards (NaN where there is none) and lengths in characters of the held-out answers."""
     rows = read_rows(out / "evaluation" / f"{stage}.jsonl")
     return np.array([(row["gold"], row["reward"], len(row["text"])) for row in rows], dtype=float).T
 
-def judged_table(out, metrics):
-    """The tiny world's table, a dict per stage. Win rates: against the model before round 1, same prompts."""
+def judged_table(out, metrics, full=False):
+    """The tiny world's table, a dict per stage. Win rates: against the model before round 1, same prompts.
+    full: with the faults of the answers, and more of what a round has logged."""
     rounds = {row["stage"]: row for row in metrics if "alpha" in row}
     first, table = judged_stages(out), []
     base, _, base_chars = judged_answers(out, first[-1])
     for stage in judged_stages(out, rounds):
-        about, (gold, reward, chars) = rounds.get(stage, {}), judged_answers(out, stage)
+        gold, reward, chars = judged_answers(out, stage)
         win, controlled = tiny.win_rates(gold, base, chars, base_chars)
-        right = about.get("pairs_right", np.nan) if about.get("generated_pairs") else np.nan
-        table.append({"stage": stage, "win rate": win, "length-controlled": controlled, "gold": gold.mean(),
-                      "characters": chars.mean(), "reward agrees %": 100 * agreement(gold, reward),
-                      "pairs right %": 100 * right})
+        row = {"stage": stage, "win rate": win, "length-controlled": controlled, "gold": gold.mean(),
+               "characters": chars.mean(), "reward agrees %": 100 * agreement(gold, reward)}
+        for name, (key, factor) in SHOWN.items():
+            value = rounds.get(stage, {}).get(key)
+            if full or "pairs" in name:
+                row[name] = np.nan if value is None else factor * value
+        table.append(row | (fault_shares(out, stage) if full else {}))
     return table
+
+SHOWN = {  # columns that a round has logged: key and factor
+    "pairs right %": ("pairs_right", 100), "pairs tied %": ("pairs_tied", 100), "alpha": ("alpha", 1),
+    "KL to previous": ("kl_to_previous", 1), "KL to first": ("kl_to_first", 1),
+    "rank agreement": ("rank_agreement", 1), "offline agreement %": ("offline_agreement", 100),
+    "offline unlearned": ("offline_unlearned", 1)}
 
 def agreement(gold, reward):
     """How often the reward orders two answers to a prompt as the judge does, if the judge has no tie."""
@@ -211,38 +266,44 @@ def markdown(table):
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 def examples(out, base, stage):
-    """Three held-out prompts with an answer before and after DICE."""
-    text = ""
+    """Held-out prompts with an answer before and after DICE."""
     before, after = (read_rows(out / "evaluation" / f"{name}.jsonl") for name in (base, stage))
-    for old, new in list(zip(before, after))[:12:4]:  # a prompt has four answers
+    firsts = zip(before[::4], after[::4])  # a prompt has four answers
+    differ = [(old, new) for old, new in firsts if abs(old["gold"] - new["gold"]) > 1e-9]
+    text = ""
+    if differ:
+        text = (f"\nThe first three held-out prompts on which {base} and {stage} differ in gold, by the "
+                "first sample of each:\n")
+    for old, new in differ[:3]:
         text += f"\n**{as_text(old['prompt'])}**\n"
         for name, row in ((base, old), (stage, new)):
             text += f"- {name}, gold {row['gold']:.2f}: {as_text(row['text'])}\n"
     return text
 
-def curves(out, metrics, table):
-    """curves.png: DPO loss and reward accuracy by step; lengths, and with a judge the win rates, by stage."""
-    os.environ.pop("MPLBACKEND", None)  # Jupyter's may name a module that is not installed here
-    from matplotlib.figure import Figure  # draws into files: without pyplot no window is asked for
-    figure = Figure(figsize=(12, 3.5), layout="tight")
-    axes = figure.subplots(1, 3)
-    steps = list(enumerate(row for row in metrics if "margin" in row))
-    for axis, key in zip(axes, ("loss", "accuracy")):
-        for stage in dict.fromkeys(row["stage"] for _, row in steps):
-            axis.plot(*zip(*((i, row[key]) for i, row in steps if row["stage"] == stage)), label=stage)
-        axis.set(xlabel="DPO step", title=key)
-    if steps:
-        axes[0].legend()
-    names = [row["stage"] for row in table]
-    if table and "win rate" in table[0]:
-        for key in ("win rate", "length-controlled"):
-            axes[2].plot(names, [row[key] for row in table], marker="o", label=f"{key}, %")
-        axes[2].plot(names, [row["characters"] for row in table], "k--", label="characters")
-    else:
-        axes[2].plot(names, [row.get("answer chars") for row in table], "k--", marker="o", label="characters")
-    axes[2].set(title="answers")
-    axes[2].legend()
-    files.write_file(out / "curves.png", lambda scratch: figure.savefig(scratch, dpi=100, format="png"))
+def generated_pairs(out, stage):
+    """Three generated pairs of a round, with what its samples.jsonl says about their answers."""
+    pairs = [row for row in read_rows(out / stage / "pairs.jsonl") if row["source"] == "generated"][:3]
+    if not pairs:
+        return ""
+    text = f"\n## Generated pairs\n\nThe first three generated pairs of {stage}/pairs.jsonl.\n"
+    samples, prompts = {}, [row["prompt"] for row in pairs]
+    with open(out / stage / "samples.jsonl", encoding="utf-8") as file:
+        for row in map(json.loads, file):  # there may be too many rows for memory
+            if row["prompt"] in prompts and row["finish"] == "stop":
+                samples.setdefault((str(row["prompt"]), row["text"]), row)
+    for pair in pairs:
+        text += f"\n**{shortened(pair['prompt'])}**\n"
+        for name in ("chosen", "rejected"):
+            row = samples[str(pair["prompt"]), pair[name]]
+            text += (f"- {name}, reward {row['reward']:.4g}, shaped reward {row['shaped_reward']:.4g}, "
+                     f"{len(row['text'])} characters: {shortened(row['text'])}\n")
+    return text
+
+def shortened(content):
+    """The beginning of a text, or of messages, for markdown."""
+    if not isinstance(content, str):
+        content = " ".join(f"{message['role']}: {message['content']}" for message in content)
+    return as_text(content if len(content) <= 600 else content[:600] + " ...")
 
 @options.command("report.py")
 def main(argv=None):

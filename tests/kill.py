@@ -49,13 +49,13 @@ def start_small(directory, argv, count=1):
 
 def small_run(directory, argv, environment):
     import dice
-    from data import report, tiny
+    from data import plots, tiny
     os.environ.update(environment)
     os.chdir(directory)
     for stream in (1, 2):
         os.dup2(os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     vars(tiny).update(WORLD)
-    report.curves = lambda *_: None
+    plots.save = lambda *_: None
     sys.exit(dice.main([*argv, "--out", "run", "--device", "cpu"]))
 
 def contents(directory):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import dice
 import model as models
-from data import files, options, report, runs, tiny
+from data import files, options, plots, report, runs, tiny
 from data.files import InputError
 from data.options import TINIEST
 from data.processes import batches
@@ -657,7 +657,7 @@ def world(checkpoint, tmp_path, monkeypatch, capsys):
                     text, finish = (said, "stop") if isinstance(said, str) else said
                     yield i, k, tokenizer.answer(text), finish
         monkeypatch.setattr(dice, "generate", generate)
-        monkeypatch.setattr(report, "curves", lambda *_: None)  # half a second each
+        monkeypatch.setattr(plots, "save", lambda *_: None)  # half a second each
         files.write_rows(tmp_path / "prompts.jsonl", [{"prompt": text} for text in prompts])
         files.write_rows(tmp_path / "pairs.jsonl", [dict(zip(GOOD, pair)) for pair in pairs])
         paths = ["--model", checkpoint, "--prompts", tmp_path / "prompts.jsonl", "--preferences",

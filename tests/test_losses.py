@@ -244,7 +244,7 @@ def test_scores_and_steps_are_read_and_pairs_come_back_as_they_went_out(tmp_path
         x.logprob = 0.0
     with run:
         run.stage_name = "round-1"
-        report.log_round(run, run.settings, 0.0, [one.chosen], run.offline, Counter())
+        report.log_round(run, run.settings, 0.0, [one.chosen], run.offline, Counter(), [], None)
     again = jsonl.read_preferences(tmp_path / "out" / "round-1" / "pairs.jsonl")
     assert [p[1:4] + p[5:] for p in again] == [p[1:4] + p[5:] for p in (step, plain)]
     assert rows_of(tmp_path / "out" / "round-1" / "samples.jsonl")[0]["shaped_reward"] is None
@@ -340,14 +340,28 @@ def test_a_reward_model_with_weights_that_are_no_numbers_is_one_clear_error(worl
     assert code == 2 and told.err.splitlines()[-1].startswith("dice.py: no prompt has")
 
 # ------------------------------------------------------------------------------------- fDPO
-def test_fdpo_keeps_a_pair_whose_chosen_answer_is_better_than_the_policys_own():
-    table = [(0.3, 0.5, True), (0.5, 0.5, False), (0.9, 0.2, False), (-1, -0.5, True)]
-    assert [dice.fdpo_keeps(reward, chosen) for reward, chosen, _ in table] == [keep for *_, keep in table]
-
-def test_fdpo_says_when_nothing_is_left(world, monkeypatch):
-    monkeypatch.setattr(dice, "fdpo_keeps", lambda reward, chosen_reward: False)
-    code, told, _ = world(["P"], OFFLINE, lambda i, k: "word " * (k + 1), "--data-filter", "fdpo")
-    assert code == 2 and "--data-filter fdpo: leaves no pair" in told.err.splitlines()[-1]
+@pytest.mark.parametrize("own, chosen, kept", [
+    ([0.3, 0.5, 0.9, -1], [0.5, 0.5, 0.2, -0.5], [0, 3]), ([1, 1], [1, 0], None)])
+def test_fdpo_keeps_a_pair_whose_chosen_answer_is_better_than_the_policys_own(
+        own, chosen, kept, monkeypatch, tmp_path):
+    """A tie is dropped. If no pair is left, a line says so."""
+    pairs = random_pairs(network(LLAMA), len(own))
+    for i, p in enumerate(pairs):
+        p.chosen.prompt = p.rejected.prompt = dice.Prompt(str(i), [5, 6 + i])
+        p.chosen.reward = chosen[i]
+    def sample_answers(run, s, label, policy, prompts, count, stream):
+        return [dice.Sample(prompt, [5], "") for prompt in prompts]
+    def add_rewards(run, s, label, samples, policy_dir, prev_dir):
+        for x in samples:
+            x.reward = own[int(x.prompt.content)]
+    run = Bench(tmp_path)
+    monkeypatch.setattr(dice, "sample_answers", sample_answers)
+    monkeypatch.setattr(dice, "add_rewards", add_rewards)
+    if kept is None:
+        with pytest.raises(files.InputError, match="--data-filter fdpo: leaves no pair"):
+            dice.fdpo_filter(run, run.settings, 1, "", "", run.net, 0, pairs)
+    else:
+        assert dice.fdpo_filter(run, run.settings, 1, "", "", run.net, 0, pairs) == [pairs[i] for i in kept]
 
 def test_fdpo_answers_each_step_of_step_dpo_and_not_only_its_question(monkeypatch, tmp_path):
     """Two pairs of one question with other steps before the answer: each has a sample of its own."""

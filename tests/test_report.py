@@ -1,14 +1,17 @@
-"""What a run leaves for its reader: report.md, whatever the run has and whatever its texts are."""
+"""What a run leaves for its reader: report.md and pictures, whatever the run has and its texts are."""
 import html
 import os
 import re
 import subprocess
 import sys
 
+import kill
 import numpy as np
 import pytest
+from test_dice import settings
 
-from data import files, report
+import dice
+from data import files, plots, report, tiny
 
 TEXTS = ["Hello <b>you</b> <img src=x onerror=alert(1)> &amp; <!-- gone -->", "![a](http://x/y.png) [b](c)",
          "| a | b |\n|---|---|\n| `c` | ``d |", "# A head\n\n- one\n1. two\n> *three* __four__ ~~five~~ $x$"]
@@ -49,7 +52,7 @@ def test_text_from_data_goes_into_the_report_as_text(tmp_path):
     shown = html.unescape(re.sub(r"<[^>]*>", "", page))
     assert all(" ".join(text.split()) in shown for text in TEXTS)
     for text, written in (("- a", r"\- a"), ("12. a", r"12\. a"), ("\x1b[0m\ud800", r"\\x1b\[0m\\ud800"),
-                          ("https://a.org", r"https\://a.org"), ("0.5", "0.5"), ("Plain, d-e (f)!", "Plain, d-e (f)!")):
+                          ("https://a.org", r"https\://a.org"), ("0.5 (d-e)!", "0.5 (d-e)!")):
         assert report.as_text(text) == written
 
 def test_jupyters_backend_and_a_picture_that_fails_do_not_cost_the_table(tmp_path, monkeypatch, capsys):
@@ -57,17 +60,22 @@ def test_jupyters_backend_and_a_picture_that_fails_do_not_cost_the_table(tmp_pat
     for backend in ("module://matplotlib_inline.backend_inline", "nonsense"):  # both are not installed
         done = subprocess.run([sys.executable, report.__file__, tmp_path], capture_output=True, text=True,
                               env=os.environ | {"MPLBACKEND": backend})
-        assert done.returncode == 0 and "| round-1 |" in done.stdout and done.stderr == ""
+        assert done.returncode == 0 and "| round-1 |" in done.stdout and "drawn" not in done.stderr
         assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
         (tmp_path / "curves.png").unlink()
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
-    assert "| round-1 |" in report.write(tmp_path) and "(it needs matplotlib)" in one_line(capsys)
-    (tmp_path / "report.md").unlink()
     def broken(*_):
         raise RuntimeError("a\nbug")
-    monkeypatch.setattr(report, "curves", broken)
-    assert "| round-1 |" in report.write(tmp_path) and "a bug" in one_line(capsys)
-    assert "| round-1 |" in (tmp_path / "report.md").read_text()
+    monkeypatch.setattr(plots, "curves", broken)
+    assert "| round-1 |" in report.write(tmp_path)
+    assert one_line(capsys) == f"{tmp_path}/curves.png: was not drawn: a bug"
+    plots.available.cache_clear()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    for _ in range(2):  # it is said once
+        assert "| round-1 |" in report.write(tmp_path)
+    assert "no pictures are drawn: pip install matplotlib" in one_line(capsys)
+    plots.available.cache_clear()
+    text = (tmp_path / "report.md").read_text()
+    assert "| round-1 |" in text and "![" not in text  # no link to a picture that is not there
 
 @pytest.mark.parametrize("stages, judged, first", [
     ((), (), "nothing was trained"),
@@ -96,3 +104,153 @@ def test_what_is_no_run_is_refused_in_one_line(tmp_path, capsys):
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         assert report.main([str(path)]) == 2
         assert one_line(capsys) == f"report.py: {path}: no settings.json in it; give the directory of a run"
+
+# ------------------------------------------------------------------------------------------------- examples
+def test_examples_are_the_first_three_prompts_whose_gold_has_changed(tmp_path):
+    made(tmp_path, texts=["a"])
+    for stage, golds in (("dpo", [0, 0, 0, 0, 0, 0]), ("round-1", [0, 1, 1e-12, -1, 2, 3])):
+        files.write_rows(tmp_path / "evaluation" / f"{stage}.jsonl", [
+            {"prompt": f"prompt {i}", "text": f"{stage} {i} {k}", "sample": k, "reward": k,
+             "gold": gold if k == 0 else 9 - gold} for i, gold in enumerate(golds) for k in range(4)])
+    text = report.write(tmp_path)
+    assert "The first three held-out prompts on which dpo and round-1 differ in gold, by the first" in text
+    assert re.findall(r"\*\*(.*)\*\*\n- (.*)\n- (.*)\n", text) == [
+        (f"prompt {i}", f"dpo, gold 0.00: dpo {i} 0", f"round-1, gold {gold:.2f}: round-1 {i} 0")
+        for i, gold in ((1, 1), (3, -1), (4, 2))]
+
+def test_a_real_models_report_shows_the_first_three_generated_pairs(tmp_path):
+    made(tmp_path, judged=())
+    turns = [{"role": "user", "content": "Sum <b>?"}]
+    prompts = ["P", turns, "Q", "R"]
+    files.write_rows(tmp_path / "round-1" / "samples.jsonl", [
+        {"prompt": prompt, "text": f"{i} {k} " + "x" * 999 * k, "finish": "stop", "reward": float(i + k),
+         "shaped_reward": i - k / 4} for i, prompt in enumerate(prompts) for k in (2, 0, 1)])
+    pairs = [{"prompt": prompt, "chosen": f"{i} 1 " + "x" * 999, "rejected": f"{i} 0 ", "source": "generated"}
+             for i, prompt in enumerate(prompts)]
+    files.write_rows(tmp_path / "round-1" / "pairs.jsonl", [{**pairs[0], "source": "replayed"}, *pairs])
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "The first three generated pairs of round-1/pairs.jsonl." in text and "**R**" not in text
+    assert text.index("**P**") < text.index("**user: Sum &lt;b&gt;?**") < text.index("**Q**")
+    assert f"- chosen, reward 2, shaped reward 0.75, 1003 characters: 1 1 {'x' * 596} ...\n" in text
+    assert "- rejected, reward 1, shaped reward 1, 4 characters: 1 0\n" in text
+
+# ------------------------------------------------------------------------------------------------- pictures
+def tables(prompts, seed=0):
+    """Rewards that like length, and lengths, (P, 6), with holes."""
+    rng = np.random.default_rng(seed)
+    length = rng.gamma(4, 50, (prompts, 6)).round()
+    reward = 0.02 * length + rng.normal(size=length.shape)
+    length[rng.random(length.shape) < 0.1] = np.nan
+    return reward + 0 * length, length
+
+def drawn(draw, *args):
+    figure = pytest.importorskip("matplotlib.figure").Figure(layout="constrained")
+    draw(figure, *args)
+    return figure
+
+def test_the_picture_of_a_round_shows_the_gaps_that_dice_computes():
+    reward, length = tables(40)
+    alpha = dice.search_alpha(reward, length)
+    figure = drawn(plots.shaping, "round-1", reward, length, "characters", alpha, "alpha*", dice.choose_pairs)
+    before, stairs, after, both = figure.axes
+    grid, gaps = stairs.lines[0].get_data()
+    for a, gap in list(zip(grid, gaps))[::50]:
+        assert gap == pytest.approx(dice.length_gap(reward, length, dice.choose_pairs, a))
+    assert gaps[0] > 0 > gaps[-1] and f"alpha* = {alpha:.4g}" in stairs.texts[0].get_text()
+    assert f"{gaps[0]:.1f} characters longer" in before.get_title()
+    assert sum(patch.get_height() for patch in both.patches if hasattr(patch, "get_height")) == 40
+    assert len(after.lines[1:31]) == 30  # joined prompts: all 40 would be too many
+
+ROUNDS = [f"round-{t}" for t in range(1, 11)]
+
+@pytest.mark.parametrize("name, draw, args", [
+    *[(name, plots.shaping, ("round-1", *values, "tokens", alpha, "alpha", dice.choose_pairs))
+      for name, values, alpha in (("alpha 0", tables(9), 0.0), ("given alpha", tables(9), 0.5),
+                                  ("one prompt", tables(1), 0.01), ("equal", np.ones((2, 3, 4)), 0.0),
+                                  ("short wins", -np.array(tables(9)), 0.0))],
+    *[(name, plots.curves, (stages, steps)) for name, stages, steps in (
+        ("3 steps", ["sft", "dpo", "round-1"], 3), ("sft", ["sft"], 40), ("10 rounds", ["dpo", *ROUNDS], 300),
+        ("half way", ["dpo", "round-1"], 0))]])
+def test_no_picture_fails_and_no_two_labels_overlap(name, draw, args, tmp_path, recwarn, capsys):
+    if draw is plots.curves:
+        stages, steps = args
+        rows = []
+        for stage in stages:
+            more = {} if stage == "sft" else dict.fromkeys(
+                ("accuracy", "margin", "chosen_logprob", "rejected_logprob", "chosen_tokens"), 1.0)
+            if stage.startswith("round"):
+                rows.append({"stage": stage, "alpha": 0.1, "kl_to_previous": None, "answer_chars": 9.0})
+            row = {"stage": stage, "grad_norm": 1.0} | more
+            rows += [{**row, "step": i + 1, "loss": i % 7} for i in range(steps)]
+        args = rows, report.training_table(rows)
+    pytest.importorskip("matplotlib")
+    plots.save(tmp_path / "picture.png", draw, *args)
+    assert (tmp_path / "picture.png").read_bytes()[1:4] == b"PNG"
+    assert capsys.readouterr().err == "" and not recwarn.list
+    figure = drawn(draw, *args)
+    figure.draw_without_rendering()
+    for axis in figure.axes:
+        apart([label for label in axis.get_xticklabels() if label.get_text()])
+
+def apart(texts):
+    """No two texts of a drawn figure overlap."""
+    from matplotlib.text import Text
+    boxes = [Text.get_window_extent(text) for text in texts]  # without the line of an annotation
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in boxes[:i])
+
+def test_the_studys_picture_labels_lines_and_sorts_siblings(tmp_path, capsys, recwarn):
+    rng, values = np.random.default_rng(0), {}
+    main = ["DICE", "no shaping", "first model", "gold", "no replay"]
+    for arm in [*main, *(f"sibling {i}" for i in range(14))]:
+        for t in range(1, 4 + (arm == "DICE")):
+            values[arm, f"round-{t}"] = {key: list(55 + 0.1 * len(values) + rng.normal(size=10))
+                                         for key in ("win rate", "length-controlled")}
+    values["", "dpo"] = {"win rate": [50.0] * 10, "length-controlled": [50.0] * 10}
+    plots.study(tmp_path / "study.png", values, main)
+    assert (tmp_path / "study.png").exists() and capsys.readouterr().err == "" and not recwarn.list
+    figure = drawn(plots.draw_study, values, main)
+    figure.draw_without_rendering()
+    by_round, siblings, _ = figure.axes
+    assert {text.get_text() for text in by_round.texts} == set(main)
+    apart(by_round.texts)
+    def effect(arm):
+        return np.mean(np.subtract(*(values[name, "round-2"]["win rate"] for name in (arm, "DICE"))))
+    names = [label.get_text() for label in siblings.get_yticklabels()]
+    assert len(names) == 14 and names == sorted(names, key=effect)
+
+def test_a_run_draws_its_rounds_and_its_report_shows_them(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    for name, value in kill.WORLD.items():
+        monkeypatch.setattr(tiny, name, value)
+    argv = "--rounds 2 --dpo-steps 2 --sft-steps 20 --steps 2 --samples 4 --batch 4 --min-valid 0".split()
+    argv += ["--max-new-tokens", "48", "--sft-lr", "0.01", "--device", "cpu", "--out", str(tmp_path)]
+    assert dice.main(argv) == 0 and "drawn" not in capsys.readouterr().err
+    shown = re.findall(r"!\[(.*)\]\(\1\)", (tmp_path / "report.md").read_text())
+    assert shown == ["round-1/shaping.png", "round-2/shaping.png", "curves.png"]
+    assert all((tmp_path / name).read_bytes()[1:4] == b"PNG" for name in shown)
+
+def test_rank_agreement_is_kendalls_tau_of_two_rewards_without_ties():
+    """Counted pair by pair. With --reward-reference first, both rewards compare with the first model."""
+    rng, samples, taus = np.random.default_rng(0), [], {"previous": [], "first": []}
+    for _ in range(6):
+        group = [dice.Sample(None, [], "", logprob=a, prev_logprob=b, older_logprob=c)
+                 for a, b, c in rng.integers(-3, 4, size=(8, 3))]
+        samples += group
+        for name in taus:
+            signs = []
+            for x in group:
+                for y in group:
+                    now = (x.logprob - x.prev_logprob) - (y.logprob - y.prev_logprob)
+                    before = [x.prev_logprob - x.older_logprob, y.prev_logprob - y.older_logprob]
+                    if name == "first":
+                        before = [x.older_logprob - x.prev_logprob, y.older_logprob - y.prev_logprob]
+                    if now * (before[0] - before[1]) != 0:
+                        signs.append(np.sign(now * (before[0] - before[1])))
+            taus[name].append(np.mean(signs))
+    for name, expected in taus.items():
+        s = settings(samples=8, reward_reference=name)
+        assert report.rank_agreement(samples, s) == pytest.approx(np.mean(expected))
+    assert report.rank_agreement(samples, settings(samples=8, reward="gold")) is None
+    samples[0].older_logprob = np.nan  # the first round
+    assert report.rank_agreement(samples, settings(samples=8)) is None
