@@ -6,6 +6,7 @@ import signal
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,17 @@ def join_processes(device):
     if device.startswith("cuda"):
         torch.backends.cuda.enable_cudnn_sdp(False)  # use Flash: cuDNN makes a new plan for each shape
     return device
+
+def usable_cores():
+    """How many cores this process may use, by its affinity and the quota of its cgroup. torch takes all cores
+    of the machine; more threads than cores wait for each other in every small product."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        group = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
+        quota, period = Path(f"/sys/fs/cgroup{group}/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError, IndexError):  # no such file, or "max": no quota
+        return cores
 
 def backend_for(device):
     return "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"

@@ -6,6 +6,7 @@ until then its finished chunks and the last state of its training are in partial
 gives the same result, because every random number follows from the seed and its place in the run."""
 import gc
 import hashlib
+import os
 import shutil
 import time
 from contextlib import ExitStack, suppress
@@ -25,7 +26,7 @@ from data.files import InputError, require
 from data.options import all_options, as_dict, flag
 from data.processes import (
     STOP, Interrupted, any_process, barrier, held_signals, join_processes, leave_processes, log_info, rank,
-    sum_over_processes, world)
+    sum_over_processes, usable_cores, world)
 
 # ---------------------------------------------------------------------------------------- Memory
 OUT_OF_MEMORY = "out of memory", "allocate memory", "ALLOC_FAILED"  # CUDA, CPU, cuBLAS
@@ -58,6 +59,10 @@ class Run:
         """contents: path -> hash, of the data files as they were read."""
         self.settings, self.contents = settings, contents
         self.out, self.device = Path(settings.out), join_processes(settings.device)
+        if settings.model == "tiny":  # small products: a second thread gains little, and waits if it is busy
+            torch.set_num_threads(1)
+        elif "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(usable_cores())
         # Lowered for the rest of the run when memory runs out.
         self.budget = {name: getattr(settings, name) for name in ("rows", "score_tokens", "train_tokens")}
         self.stage_name = ""

@@ -27,7 +27,7 @@ from test_dice import (  # noqa: F401 (checkpoint is a fixture)
 
 import dice
 import model as models
-from data import ablations, files, plan, processes, report, runs, tiny
+from data import ablations, files, plan, plots, processes, runs, tiny
 from data.files import InputError
 
 ARGV = ("--sft-steps 20 --sft-batch 16 --sft-lr 0.01 --dpo-steps 6 --steps 16 --samples 4 --batch 8 "
@@ -39,7 +39,7 @@ def small_world():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in kill.WORLD.items():
             patch.setattr(tiny, name, value)
-        patch.setattr(report, "curves", lambda *_: None)  # half a second each
+        patch.setattr(plots, "save", lambda *_: None)  # half a second each
         yield
 
 def small(directory, *argv):
@@ -424,7 +424,7 @@ def test_6_an_arm_that_changes_the_first_models_is_refused_and_other_work_is_not
     monkeypatch.setattr(ablations, "ARMS", {"new": {"gamma": 0.0}, "other": {"sft_steps": 3}})
     place = partial(ablations.directory, tmp_path, 0)
     shutil.copytree(alone, place(None))
-    with pytest.raises(SystemExit, match="--sft-steps 3 has failed"):
+    with pytest.raises(files.InputError, match="--sft-steps"):
         ablations.work(tmp_path, 0, "other")
     assert not place("other").exists()
     places, root = [place("new")], tmp_path / "code"
@@ -438,6 +438,32 @@ def test_6_an_arm_that_changes_the_first_models_is_refused_and_other_work_is_not
         places.append(place("new"))
     (root / "data/plan.py").write_text("# the plan may change")
     assert len(set(places)) == 4 and place("new") == places[-1]
+
+def test_6_an_arm_takes_over_the_first_round_s_answers_and_ends_as_if_it_had_made_them(
+        alone, tmp_path, monkeypatch):
+    for name in ("stderr", "stdout"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # work() silences both
+    monkeypatch.setattr(ablations, "ARMS", {"DICE": {"rounds": 1}, "arm": {"rounds": 2, "gamma": 0.25}})
+    place = partial(ablations.directory, tmp_path / "study", 0)
+    shutil.copytree(alone, place(None))
+    shutil.rmtree(place(None) / "round-1")
+    (place(None) / "evaluation/round-1.jsonl").unlink()
+    argv = ["--start-from", str(place(None)), "--device", "cpu"]
+    assert dice.main([*argv, "--rounds", "2", "--gamma", "0.25", "--out", str(tmp_path / "by itself")]) == 0
+    assert dice.main([*argv, "--rounds", "1", "--out", str(place("DICE"))]) == 0
+    real, drawn = dice.generate, []
+
+    def counted(*args, stream, **more):
+        drawn.append(stream)
+        return real(*args, stream=stream, **more)
+
+    monkeypatch.setattr(dice, "generate", counted)
+    ablations.work(tmp_path / "study", 0, "arm")
+    assert 2 in drawn and 1 not in drawn  # nothing was drawn for round 1
+    for path in (tmp_path / "by itself").rglob("*"):
+        if path.is_file() and path.name not in ("settings.json", "timing.jsonl", ".lock"):
+            copy = place("arm") / path.relative_to(tmp_path / "by itself")
+            assert copy.read_bytes() == path.read_bytes(), path
 
 # --------------------------------------------------------- Numbers that go wrong, and memory that runs out
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_pairs(alone, tmp_path, monkeypatch, capsys):
@@ -554,6 +580,30 @@ def test_other_runtime_errors_keep_their_traceback(tmp_path, monkeypatch):
         Bench(tmp_path).map("scores", dice.score, random_samples(), network(LLAMA), "score_tokens")
 
 # --------------------------------------------------------------------------------- Precision and processes
+@pytest.mark.parametrize("affinity, quota, cores", [
+    (8, "max 100000", 8), (8, "250000 100000", 2), (1, "400000 100000", 1), (8, "50000 100000", 1), (3, None, 3)])
+def test_cores_that_a_process_may_use_are_those_of_its_affinity_and_quota(affinity, quota, cores, monkeypatch):
+    def read_text(path):
+        if str(path) == "/sys/fs/cgroup/group/cpu.max" and quota:
+            return quota + "\n"
+        if str(path) == "/proc/self/cgroup":
+            return "9:cpu:/old\n0::/group\n"
+        raise FileNotFoundError(path)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(affinity)))
+    assert processes.usable_cores() == cores
+
+def test_the_tiny_world_runs_on_one_thread_and_others_on_the_cores_that_there_are(tmp_path, monkeypatch):
+    before, given = torch.get_num_threads(), []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    monkeypatch.setattr(runs, "usable_cores", lambda: 5)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for model in ("tiny", "other"):
+        Bench(tmp_path, model=model)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    Bench(tmp_path, model="other")
+    assert given == [1, 5] and torch.get_num_threads() == before
+
 def moved(directory, pairs, steps=40, sharded=False, recompute=False, masters=True, config=LLAMA,
           device="cpu", **changes):
     """How far some steps move the weights of a small network, (parameters,); and the logged rows."""
