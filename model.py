@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -97,7 +97,7 @@ def random_weights(config: Config, seed: int):
 # ---------------------------------------------------------------------------------------- presets
 @dataclass(frozen=True)
 class Preset:
-    """What `--model NAME` stands for."""
+    """What `--model NAME` or, of a reward model, `--reward NAME` stands for."""
     repository: str  # on the Hugging Face hub; "": dice.py makes the model from nothing
     shape: Config | None  # for --weights dummy, which reads no config.json
     settings: dict  # where they differ from dice.Settings, the paper's for Llama-3
@@ -116,6 +116,8 @@ SMALL_BASE = BASE | dict(sft_lr=1e-4, dpo_lr=5e-6, lr=5e-6)  # the smallest mode
 
 LLAMA3_8B = Config(vocab_size=128256, context=8192, layers=32, width=4096, heads=32, kv_heads=8,
                    head_size=128, hidden=14336, rope_theta=500000.0)
+SKYWORK_8B = replace(LLAMA3_8B, context=131072, num_labels=1, rope_scaling=dict(  # Llama 3.1
+    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192))
 MISTRAL_7B = Config(vocab_size=32000, context=4096, layers=32, width=4096, heads=32, kv_heads=8,
                     head_size=128, hidden=14336)
 LLAMA32_1B = Config(vocab_size=128256, context=131072, layers=16, width=2048, heads=32, kv_heads=8,
@@ -150,6 +152,8 @@ PRESETS = {
     "llama3.2-1b": Preset("meta-llama/Llama-3.2-1B", LLAMA32_1B, BASE | dict(chat="llama3")),
     "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B", QWEN25_05B, BASE | dict(chat="chatml")),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M", SMOLLM2_135M, SMALL_BASE | dict(chat="chatml")),
+    # A reward model: for --reward, and data/judge.py
+    "skywork-8b": Preset("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2", SKYWORK_8B, dict(chat="llama3")),
 }
 
 def resolve(name: str) -> Path:
@@ -170,7 +174,7 @@ def resolve(name: str) -> Path:
 def stand_in(name: str) -> tuple[Config, Tokenizer]:
     """For --weights dummy: the shape of a preset's model, and a tokenizer that needs no file. Random weights
     give any id. One id in 400 ends an answer, so answers are about as long as a real model's."""
-    known = [name for name, preset in PRESETS.items() if preset.shape]
+    known = [name for name, preset in PRESETS.items() if preset.shape and not preset.shape.num_labels]
     require(name in known, f"--weights dummy: stands in for {', '.join(known)}, not for {name}")
     config = PRESETS[name].shape
     ends = range(config.vocab_size - config.vocab_size // 400, config.vocab_size)
@@ -214,16 +218,17 @@ def find_models(settings, out):
     return policy_dir, prev_dir, config, tokenizer
 
 def find_reward_model(reward):
-    """(directory, tokenizer) of --reward DIR, a sequence classifier with one output; (None, None) of implicit
-    and gold. InputError if it is something else, or if its weights do not fit."""
+    """(directory, tokenizer) of a reward model, a sequence classifier with one output; (None, None) of
+    implicit and gold. InputError if it is something else, or if its weights do not fit."""
     if reward in ("implicit", "gold"):
         return None, None
     directory = resolve(reward)
-    config, tokenizer = read_config(directory), read_tokenizer(directory)
-    require(config.num_labels == 1, f"--reward {directory}: not a reward model; its config.json must name an "
+    chat = PRESETS[reward].settings.get("chat", "auto") if reward in PRESETS else "auto"
+    config, tokenizer = read_config(directory), read_tokenizer(directory, chat)
+    require(config.num_labels == 1, f"{directory}: not a reward model; its config.json must name an "
             "architecture ...ForSequenceClassification and one label")
     require(config.vocab_size >= tokenizer.vocab_size,
-            f"--reward {directory}: has fewer embeddings than its tokenizer has ids")
+            f"{directory}: has fewer embeddings than its tokenizer has ids")
     check_weights(directory, config)
     return directory, tokenizer
 

@@ -224,6 +224,9 @@ def resolve(settings):
     require(s.min_chars + 1 < s.max_chars, f"--min-chars {s.min_chars}: no answer is longer than that and "
             f"shorter than --max-chars {s.max_chars}; give a smaller one")
     require(not s.reference or s.model != "tiny", f"--reference {s.reference}: give its --model too")
+    for name in (s.model, s.reference):  # before it is downloaded
+        shape = models.PRESETS[name].shape if name in models.PRESETS else None
+        require(not shape or not shape.num_labels, f"{name}: is a reward model; give it to --reward of dice.py")
     require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", s.device),
             f"--device {s.device}: must be auto, cpu, cuda, or one GPU by its number, such as cuda:1")
     if s.device == "auto":

@@ -319,6 +319,32 @@ def test_reward_models_that_do_not_fit_are_refused(checkpoint, tmp_path, capsys)
     told = say("--model", write_reward_model(tmp_path / "one"), "--preferences", tmp_path / "pairs.jsonl")
     assert "give it to --reward" in told
 
+def test_a_reward_model_has_a_name_and_gives_no_text(monkeypatch, tmp_path):
+    """A stand-in with Llama-3's special tokens and no chat template, where the preset's download would be."""
+    monkeypatch.setenv("DICE_WEIGHTS", str(tmp_path))
+    directory = write_reward_model(tmp_path / "Skywork-Reward-Llama-3.1-8B-v0.2")
+    text, weights = files.read_json(directory / "tokenizer.json"), load_file(directory / "model.safetensors")
+    config, [end] = files.read_json(directory / "config.json"), text["added_tokens"]
+    for name in ("start_header_id", "end_header_id", "eot_id"):
+        text["added_tokens"].append(end | {"content": f"<|{name}|>", "id": config["vocab_size"]})
+        config["vocab_size"] += 1
+    embed = weights["model.embed_tokens.weight"]
+    weights["model.embed_tokens.weight"] = torch.cat([embed, embed[:3]])
+    files.write_json(directory / "tokenizer.json", text)
+    files.write_json(directory / "config.json", config)
+    save_file(weights, directory / "model.safetensors")
+    found, tokenizer = models.find_reward_model("skywork-8b")
+    assert (found, tokenizer.chat) == (directory, "llama3")
+    fetched = lambda *_: pytest.fail("16 GB are fetched for nothing")
+    monkeypatch.setattr(models, "download_repository", fetched)
+    monkeypatch.setenv("DICE_WEIGHTS", str(tmp_path / "empty"))
+    for argv in (["--model", "skywork-8b"], ["--model", "gpt2", "--reference", "skywork-8b"],
+                 ["--model", "skywork-8b", "--weights", "dummy"]):
+        with pytest.raises(files.InputError, match="^skywork-8b: is a reward model; give it to --reward"):
+            parsed(*argv)
+    with pytest.raises(files.InputError, match="stands in for llama3-8b, .*smollm2-135m, not for skywork-8b"):
+        models.stand_in("skywork-8b")
+
 # ------------------------------------------------------------------------------------- whole runs
 @pytest.mark.parametrize("argv", [
     "--loss odpo --rejected random --length-unit tokens --alpha 2x --rounds 1",
