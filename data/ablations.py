@@ -47,7 +47,8 @@ ARMS = MAIN_ARMS | {  # the others have the default of two rounds
     "length in tokens": {"length_unit": "tokens"}}
 COMPARED = ("win rate", "length-controlled")  # columns that are also shown as differences to DICE
 SHORT = (*COMPARED, *(f"{name} minus DICE's" for name in COMPARED), "gold", "characters", "pairs right %")
-NO_RESULT = ("ablations.py", "plan.py", "plots.py", "hub.py", "ultrafeedback.py", "sample.py")  # change none
+# Files that change no result
+NO_RESULT = ("ablations.py", "plan.py", "plots.py", "hub.py", "ultrafeedback.py", "sample.py", "judge.py")
 
 def work(out, seed, name):
     """One job: an arm of a seed. The arm DICE first makes what the others share."""
