@@ -15,7 +15,8 @@ of DICE turns that reward into new preference pairs, with no outside labels. dic
     torchrun --nproc-per-node=8 dice.py --model llama3-8b           the same run on 8 GPUs
 """
 # The literature calls two models "the reference". Here `prev` is pi_{t-1}, which the reward needs, and `ref`
-# is pi_t, which the DPO loss needs. A name that ends in _dir is a checkpoint directory, `model` is a network.
+# is pi_t, which the DPO loss needs. (The settings --reference and --reward-reference mean the former.) A name
+# that ends in _dir is a checkpoint directory, `model` is a network.
 #
 # The file reads from top to bottom: settings, losses, what flows through the loop, the round, training,
 # log-probs, Transformer, KV cache and sampler, the first stages, main. Checkpoints, and where a model lives
@@ -93,7 +94,7 @@ class Settings:
     length_unit: str = option("chars", "the unit of that length", choices=("chars", "tokens"))
     reward: str = path_option("implicit", "what ranks the samples: implicit, DICE's reward; gold, the tiny "
                               "world's judge, an upper bound; or the directory of a reward model")
-    reward_reference: str = option("previous", "the model it compares with", choices=("previous", "first"))
+    reward_reference: str = option("previous", "it subtracts pi_{t-1}, or pi_0", choices=("previous", "first"))
     rejected: str = option("worst", "what the best answer is paired with", choices=("worst", "random"))
     data_filter: str = option("none", "fdpo: before each epoch, drop the pairs whose chosen answer is no "
                               "better than an answer of the policy in training", choices=("none", "fdpo"))
@@ -224,7 +225,7 @@ class Sample:
 class Pair:
     chosen: Sample
     rejected: Sample
-    source: str  # "generated" or "replayed"
+    source: str  # "generated", or "replayed": from the data file
     prompt = property(lambda self: self.chosen.prompt)
 
     def __len__(self):
@@ -233,10 +234,11 @@ class Pair:
 # ------------------------------------------------------------------------------------------------------------
 # One round of DICE
 def dice_round(run, t, policy_dir, prev_dir, older_dir=None):
-    """From pi_t and pi_{t-1} to pi_{t+1}: yields its weights, (name, tensor)."""
+    """From pi_t and pi_{t-1} to pi_{t+1}: returns its weights, pairs (name, tensor)."""
     s = run.settings.of_round(t)
     # Steps 1 and 2. With --reward-reference first, prev_dir is the first model. It may be None if another
-    # reward than the implicit one ranks the answers. older_dir is for the report: see run_rounds.
+    # reward than the implicit one ranks the answers. older_dir is for the report: see run_rounds. The loss
+    # and the report need these log-probs whatever the reward is. add_rewards finds them kept.
     samples = sample_answers(run, s, "samples", policy_dir, prompts_of_round(run, t), s.samples, stream=t)
     for model_dir, name in (policy_dir, "logprob"), (prev_dir, "prev_logprob"), (older_dir, "older_logprob"):
         if model_dir:
@@ -248,9 +250,9 @@ def dice_round(run, t, policy_dir, prev_dir, older_dir=None):
     # answers get it now.
     pairs = mix_replay(pairs, run.offline, s.gamma, np.random.default_rng([s.seed, t]))
     add_logprobs(run, "replay", answers_of(pairs, "replayed"), policy_dir)
-    # How often does the reward agree with offline pairs that this run does not train on? For the report.
+    # The report says how often the reward agrees with offline pairs that are never trained on.
     add_rewards(run, s, "held-out", answers_of(run.held_out), policy_dir, prev_dir)
-    # Rows, lines and a picture. Its last two arguments are for the picture.
+    # Files, lines, and a picture of the shaping, which takes the last two arguments.
     report.log_round(run, s, alpha, samples, pairs, lost, usable_answers(samples, s)[0], choose_pairs)
     # Step 6.
     return train_on_pairs(run, s, t, policy_dir, prev_dir, pairs, lr=s.lr, steps=s.steps)
@@ -259,6 +261,10 @@ def prompts_of_round(run, t):
     """The prompts to sample for in round t."""
     # The same in every round, as in the paper's code. Other prompts in every round are a change here alone.
     return run.prompts
+
+# The number of a stream of random numbers is a part of the seed. Round t samples with stream t. Evaluation
+# and fDPO have others:
+EVALUATION, FILTER = 2**31, 2**32
 
 def sample_answers(run, s, label, policy, prompts, count, stream):
     """`count` answers to each prompt, drawn from the policy: Samples, in the order of the prompts."""
@@ -425,18 +431,19 @@ def mix_replay(generated, offline, gamma, rng):
     """Experience replay: generated pairs and a share gamma of offline pairs, shuffled. DICE, section 3.3"""
     # Example: of 256 generated and 2048 offline pairs, gamma 0.5 takes 256 and 256, gamma 0.75 takes 256 and
     # 768. No prompt is on both sides. The share comes first: if too few offline pairs are left for it, fewer
-    # generated pairs are used.
+    # generated pairs are used. Replay keeps the policy near human labels: without them the errors of its own
+    # reward would grow from round to round.
     require((generated or gamma == 1) and (offline or gamma == 0),
             f"--gamma {gamma}: cannot mix {len(generated)} generated and {len(offline)} offline pairs; give "
             "--preferences FILE, or --gamma 0 to do without")
     offline = [offline[i] for i in rng.permutation(len(offline))]
     generated = [generated[i] for i in rng.permutation(len(generated))]
-    # If a prompt has a generated pair, its offline pairs are not used. Take first the prompts that cost
-    # fewest.
+    # If a prompt has a generated pair, its offline pairs are not used. First come the prompts with the
+    # fewest offline pairs.
     offline_pairs = Counter(p.prompt.key for p in offline)
     generated.sort(key=lambda p: offline_pairs[p.prompt.key])
     # left: offline pairs that can still be used, if the first n generated pairs are. wanted: how many the
-    # share needs. The largest n with enough of them counts.
+    # share needs. The largest n with enough of them counts. If there is none, all pairs are offline ones.
     new, old, left, taken = 0, len(offline), len(offline), set()
     for n, p in enumerate(generated, 1):
         if p.prompt.key not in taken:  # a prompt counts once, however many pairs it has
@@ -445,7 +452,6 @@ def mix_replay(generated, offline, gamma, rng):
         wanted = round(n * gamma / (1 - gamma)) if gamma < 1 else math.inf
         if wanted <= left:
             new, old = n, wanted
-    # Replay keeps the policy near human labels: the errors of its own reward feed back round by round.
     taken = {p.prompt.key for p in generated[:new]}
     pairs = generated[:new] + [p for p in offline if p.prompt.key not in taken][:old]
     return [pairs[i] for i in rng.permutation(len(pairs))]
@@ -577,13 +583,14 @@ def fdpo_filter(run, s, t, policy_dir, prev_dir, model, epoch, pairs):
     # reward (without the length penalty). Dropped pairs stay dropped.
     # By ids, not by key: in Step-DPO the same question with other earlier steps is another prompt.
     prompts = {tuple(p.prompt.ids): p.prompt for p in pairs}
+    # To sample, a copy in the dtype of the run: the model in training is in float32, and may be sharded.
     policy = build_model(model.config, export(model), getattr(torch, s.dtype)).to(model.device)
     label = f"fdpo epoch {epoch + 1}"
     samples = sample_answers(run, s, label, policy, list(prompts.values()), 1, FILTER + t * 2**16 + epoch)
     add_rewards(run, s, label, samples, policy_dir, prev_dir)
     reward = {tuple(x.prompt.ids): x.reward for x in samples}
     # Interrupted and begun again, an epoch finds these answers and rewards kept by run.map: the same choice.
-    # A tie is dropped.
+    # A tie is dropped. Only the first epoch must keep a pair; with none left later, the training ends.
     kept = [p for p in pairs if reward[tuple(p.prompt.ids)] < p.chosen.reward]
     log_info(f"fDPO, epoch {epoch + 1}: {len(kept)} of {len(pairs)} pairs are kept")
     require(kept or epoch, "--data-filter fdpo: leaves no pair to train on. By this reward the policy's own "
@@ -853,10 +860,6 @@ def load_model(directory, device, dtype=torch.float32):
 
 # ------------------------------------------------------------------------------------------------------------
 # KV cache and sampler
-# The number of a stream of random numbers is a part of the seed. Round t samples with stream t. Evaluation
-# and fDPO have others:
-EVALUATION, FILTER = 2**31, 2**32
-
 class KVCache:
     """Keys and values of many sequences (rows), each filled from position 0 to its own length."""
     # On CUDA in bfloat16, Flash attention reads of each row only as many positions as it has filled (varlen).
@@ -1078,9 +1081,10 @@ def capture_cuda_graph(fn, device):
 @torch.inference_mode()
 def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0, on_token=None):
     """Draw `count` answers to each prompt. Yields (index, number, ids, finish reason) of answers that end."""
-    # prompts: lists of ids, each shorter than the context. rows: sequences at once, at most. on_token: is
-    # called with each id as it is drawn, for a single sequence. index: of the prompt. number: 0 .. count - 1.
-    # ids: of the answer, with its end token. The finish reason is "stop", or "length": the answer was cut.
+    # prompts: lists of ids, each shorter than the context. rows: sequences at once, at most, but at least
+    # those of one prompt. on_token: is called with each id as it is drawn, for a single sequence. index: of
+    # the prompt. number: 0 .. count - 1. ids: of the answer, with its end token. The finish reason is "stop",
+    # or "length": the answer was cut.
     context = model.config.context
     # No answer is longer than the room behind the shortest prompt, whatever --max-new-tokens says.
     limit = min(sampling.max_new_tokens, context - min(map(len, prompts)))
@@ -1137,8 +1141,8 @@ class Run(runs.Run):
         """The model in a directory, to sample from and score with, or to train."""
         runs.free_last_model()
         # Adapters (LoRA) would be added here, before the model is placed on devices.
-        # To train, it is rounded to that dtype first, so that it begins as the very model that is its
-        # reference.
+        # To train, it is rounded to the dtype of the run first, so that it begins as the very model that is
+        # its reference. ("auto" has been replaced in the settings by now.)
         model = load_model(model_dir, "cpu" if train else self.device, getattr(torch, self.settings.dtype))
         return models.prepare_training(model, self.settings, self.device) if train else model
 
@@ -1195,14 +1199,17 @@ def first_models(run):
     return policy_dir, prev_dir
 
 def run_rounds(run, policy_dir, prev_dir):
+    # The rounds one after the other: from pi_1 and pi_0 to pi_2, pi_3, ...
     first_dir, last_dir = prev_dir, None
     for t in range(1, run.settings.rounds + 1):
-        # The reward is log pi_t - log pi_{t-1}. The report compares it with the reward of the round before,
-        # log pi_{t-1} - log pi_{t-2}. With --reward-reference first, both subtract that of the first model.
-        s = run.settings.of_round(t)
-        others = (first_dir, prev_dir) if last_dir and s.reward_reference == "first" else (prev_dir, last_dir)
-        new_dir = run.stage(f"round-{t}/policy", dice_round, t, policy_dir, *others)
-        last_dir = prev_dir if s.reward == "implicit" else None
+        first = run.settings.of_round(t).reward_reference == "first"
+        compared_dir = first_dir if first else prev_dir
+        # For the report alone: with older_dir the reward of the round before is known too. It was
+        # log pi_{t-1} - log pi_{t-2}, or log pi_{t-1} - log pi_0 with --reward-reference first. In round 1
+        # there is none.
+        older_dir = prev_dir if first and last_dir else last_dir
+        new_dir = run.stage(f"round-{t}/policy", dice_round, t, policy_dir, compared_dir, older_dir)
+        last_dir = prev_dir if run.settings.reward == "implicit" else None
         prev_dir, policy_dir = policy_dir, new_dir
         evaluate(run, f"round-{t}", policy_dir, prev_dir)
 
