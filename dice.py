@@ -94,7 +94,7 @@ class Settings:
     length_unit: str = option("chars", "the unit of that length", choices=("chars", "tokens"))
     reward: str = path_option("implicit", "what ranks the samples: implicit, DICE's reward; gold, the tiny "
                               "world's judge, an upper bound; or the directory of a reward model")
-    reward_reference: str = option("previous", "it subtracts pi_{t-1}, or pi_0", choices=("previous", "first"))
+    reward_reference: str = option("previous", "subtracts pi_{t-1}, or pi_0", choices=("previous", "first"))
     rejected: str = option("worst", "what the best answer is paired with", choices=("worst", "random"))
     data_filter: str = option("none", "fdpo: before each epoch, drop the pairs whose chosen answer is no "
                               "better than an answer of the policy in training", choices=("none", "fdpo"))
