@@ -274,10 +274,8 @@ def sample_answers(run, s, label, policy, prompts, count, stream):
     # is the number of sequences that are sampled at once. It gets smaller where memory runs out.
     fn = partial(draw_answers, s=s, count=count, stream=stream, stop_ids=run.tokenizer.stop_ids)
     drawn = run.map(label, fn, prompts, policy, "rows", count, check=partial(report.check_samples, s, label))
-    samples = []
-    for i, (ids, finish) in enumerate(drawn):
-        samples.append(Sample(prompts[i // count], ids, run.tokenizer.decode(ids), i % count, finish))
-    return samples
+    return [Sample(prompts[i // count], ids, run.tokenizer.decode(ids), i % count, finish)
+            for i, (ids, finish) in enumerate(drawn)]
 
 def draw_answers(model, prompts, rows, s, count, stream, stop_ids):
     """For run.map: yields (index, (ids, finish reason)) of `count` answers to each prompt."""
@@ -791,6 +789,8 @@ class Layer(nn.Module):
         self.config, self.index = config, index
         self.norm1, self.norm2 = make_norm(config), make_norm(config)
         self.qkv = nn.Linear(C, (H + 2 * G) * D, bias=config.qkv_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = nn.RMSNorm(D, eps=config.eps), nn.RMSNorm(D, eps=config.eps)
         self.out = nn.Linear(H * D, C, bias=config.out_bias)
         self.up = nn.Linear(C, config.hidden * (2 if config.mlp == "swiglu" else 1), bias=config.mlp_bias)
         self.down = nn.Linear(config.hidden, C, bias=config.mlp_bias)
@@ -811,6 +811,8 @@ class Layer(nn.Module):
         H, G, D = self.config.heads, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H+2G, T, D)
         qk, v = qkv.split([H + G, G], dim=1)
+        if self.config.qk_norm:  # Qwen3: every head of q and k is normalised before it is rotated
+            qk = torch.cat((self.q_norm(qk[:, :H]), self.k_norm(qk[:, H:])), dim=1)  # (B, H+G, T, D)
         if rope:
             qk = rotate(qk, *rope)
         q, k = qk.split([H, G], dim=1)
@@ -826,8 +828,7 @@ def rotary_frequencies(config, device):
     """Angle per position of each pair of channels, (D/2,) float32. Llama-3.1 stretches the slow ones."""
     pair = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
     freq = config.rope_theta ** (-pair / config.head_size)
-    if config.rope_scaling:
-        s = config.rope_scaling
+    if s := config.rope_scaling:
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # in pre-training's context
         slow, fast = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - slow) / (fast - slow)).clamp(0, 1)  # 1: fast, as it was; 0: slow, stretched
@@ -1172,9 +1173,8 @@ def sft(run, model_dir):
     if run.is_tiny and not s.preferences:
         samples = [Sample(run.prompt(row["prompt"]), run.tokenizer.answer(row["chosen"]), row["chosen"])
                    for row in tiny.sft_examples(s.seed)]
-    epochs = math.ceil(s.sft_steps * s.sft_batch / len(samples))
-    return train(run, s, model_dir, samples, sft_loss, lr=s.sft_lr, steps=s.sft_steps, epochs=epochs,
-                 batch=s.sft_batch, cosine=True)
+    return train(run, s, model_dir, samples, sft_loss, lr=s.sft_lr, steps=s.sft_steps, batch=s.sft_batch,
+                 epochs=math.ceil(s.sft_steps * s.sft_batch / len(samples)), cosine=True)
 
 def offline_dpo(run, model_dir):
     """DPO on the offline pairs, with the model itself as the reference."""

@@ -1,9 +1,9 @@
 """Which model, and where it lives: presets, config.json, weights, placement on devices. dice.py runs it.
 
 A checkpoint is a Hugging Face directory: config.json, safetensors, tokenizer files. Two families are read and
-written: GPT-2 and Llama (2, 3, 3.1, 3.2, Mistral, Qwen2). Both become ONE `Config` and ONE set of names, the
-state_dict of `dice.Transformer`. Features that this network does not compute are refused by name; pickled and
-quantised weights are not read."""
+written: GPT-2 and Llama (2, 3, 3.1, 3.2, Mistral, Qwen2, Qwen3). Both become ONE `Config` and ONE set of
+names, the state_dict of `dice.Transformer`. Features that this network does not compute are refused by name;
+pickled and quantised weights are not read."""
 import hashlib
 import math
 import os
@@ -44,6 +44,7 @@ class Config:
     norm: str = "rms"  # or "layer", which always has a bias
     mlp: str = "swiglu"  # or "gelu" (tanh approximation)
     qkv_bias: bool = False
+    qk_norm: bool = False  # RMSNorm of each head of q and k, before the rotation
     out_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False  # the output head is the embedding
@@ -74,6 +75,9 @@ def parameter_shapes(config: Config) -> dict[str, tuple]:
     for i in range(config.layers):
         add(f"layers.{i}.norm1", C, bias=norm_bias)
         add(f"layers.{i}.qkv", q + 2 * kv, C, bias=config.qkv_bias)  # rows of q, then k, then v
+        if config.qk_norm:
+            add(f"layers.{i}.q_norm", config.head_size, bias=False)
+            add(f"layers.{i}.k_norm", config.head_size, bias=False)
         add(f"layers.{i}.out", C, q, bias=config.out_bias)
         add(f"layers.{i}.norm2", C, bias=norm_bias)
         add(f"layers.{i}.up", up, C, bias=config.mlp_bias)           # rows of gate, then up
@@ -126,6 +130,8 @@ LLAMA32_1B = Config(vocab_size=128256, context=131072, layers=16, width=2048, he
                         original_max_position_embeddings=8192))
 QWEN25_05B = Config(vocab_size=151936, context=32768, layers=24, width=896, heads=14, kv_heads=2,
                     head_size=64, hidden=4864, qkv_bias=True, tied=True, eps=1e-6, rope_theta=1000000.0)
+QWEN3_06B = Config(vocab_size=151936, context=32768, layers=28, width=1024, heads=16, kv_heads=8,
+                   head_size=128, hidden=3072, qk_norm=True, tied=True, eps=1e-6, rope_theta=1000000.0)
 SMOLLM2_135M = Config(vocab_size=49152, context=8192, layers=30, width=576, heads=9, kv_heads=3, head_size=64,
                       hidden=1536, tied=True, rope_theta=100000.0)
 
@@ -151,6 +157,7 @@ PRESETS = {
     "gpt2-xl": Preset("openai-community/gpt2-xl", gpt2_shape(48, 1600), BASE | SHORT | dict(rows=32)),
     "llama3.2-1b": Preset("meta-llama/Llama-3.2-1B", LLAMA32_1B, BASE | dict(chat="llama3")),
     "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B", QWEN25_05B, BASE | dict(chat="chatml")),
+    "qwen3-0.6b": Preset("Qwen/Qwen3-0.6B-Base", QWEN3_06B, BASE | dict(chat="chatml")),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M", SMOLLM2_135M, SMALL_BASE | dict(chat="chatml")),
     # A reward model: for --reward, and data/judge.py
     "skywork-8b": Preset("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2", SKYWORK_8B, dict(chat="llama3")),
@@ -240,10 +247,10 @@ GPT2_ONLY = {"activation_function": ("gelu_new", "gelu_pytorch_tanh"), "scale_at
              "scale_attn_by_inverse_layer_idx": (False,), "reorder_and_upcast_attn": (False,),
              "add_cross_attention": (False,), "quantization_config": ()}
 LLAMA_ONLY = {"hidden_act": ("silu",), "partial_rotary_factor": (1,), "quantization_config": ()}
-ONLY = {"gpt2": GPT2_ONLY, "llama": LLAMA_ONLY, "mistral": LLAMA_ONLY, "qwen2": LLAMA_ONLY}
+ONLY = {"gpt2": GPT2_ONLY} | dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA_ONLY)
 
 def read_config(directory) -> Config:
-    """config.json of a gpt2, llama, mistral or qwen2 model. Raises InputError naming file and field."""
+    """config.json of one of the model types in ONLY. Raises InputError naming file and field."""
     path = Path(directory) / "config.json"
     require(path.is_file(), f"{path}: not found; a model directory holds config.json and *.safetensors")
     return parse_config(read_json(path), path)
@@ -290,19 +297,19 @@ def parse_config(raw: dict, path) -> Config:
         kv_heads = size("num_key_value_heads", heads if kind == "llama" else None)
         require(heads % kv_heads == 0, f"{path}: num_attention_heads {heads} is not a multiple of "
                                        f"num_key_value_heads {kv_heads}")
-        head_size = size("head_dim", width // heads)
+        head_size = size("head_dim", None if kind == "qwen3" else width // heads)
         require(head_size % 2 == 0, f"{path}: the head size (head_dim) {head_size} must be even")
         context = size("max_position_embeddings")
         window = size("sliding_window", context)
-        if kind == "mistral" or (kind == "qwen2" and flag("use_sliding_window")):
+        if kind == "mistral" or (kind in ("qwen2", "qwen3") and flag("use_sliding_window")):
             context = min(context, window)  # within its first window a token sees everything, as here
-        bias = kind == "llama" and flag("attention_bias")
+        bias = kind in ("llama", "qwen3") and flag("attention_bias")
         rope_theta, rope_scaling = rotary(raw, path)
         config = Config(
             vocab_size=size("vocab_size"), context=context, layers=size("num_hidden_layers", most=4096),
             width=width, heads=heads, kv_heads=kv_heads, head_size=head_size,
-            hidden=size("intermediate_size"), qkv_bias=bias or kind == "qwen2", out_bias=bias,
-            mlp_bias=kind == "llama" and flag("mlp_bias"), tied=flag("tie_word_embeddings"),
+            hidden=size("intermediate_size"), qkv_bias=bias or kind == "qwen2", qk_norm=kind == "qwen3",
+            out_bias=bias, mlp_bias=kind == "llama" and flag("mlp_bias"), tied=flag("tie_word_embeddings"),
             eps=positive(raw, "rms_norm_eps", path, 1e-6), rope_theta=rope_theta, rope_scaling=rope_scaling,
             num_labels=count_labels(raw, path), raw=raw,
             pad=checked(raw, "pad_token_id", path, None, lambda v: type(v) in (int, type(None)), "an id"))
@@ -344,15 +351,18 @@ def config_json(config: Config) -> dict:
         return dict(c.raw)
     fields = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tied}
     family = (c.position, c.norm, c.mlp)
-    if family == ("learned", "layer", "gelu") and c.qkv_bias and c.out_bias and c.mlp_bias \
+    # Qwen2 has biases of q, k and v alone. Qwen3 has no bias in the MLP.
+    name = "Qwen3" if c.qk_norm else "Llama" if c.qkv_bias == c.out_bias else "Qwen2"
+    fits = {"Qwen3": c.qkv_bias == c.out_bias and not c.mlp_bias, "Llama": True,
+            "Qwen2": c.qkv_bias > c.mlp_bias}
+    if family == ("learned", "layer", "gelu") and not c.qk_norm and c.qkv_bias and c.out_bias and c.mlp_bias \
             and c.kv_heads == c.heads and c.heads * c.head_size == c.width:
         fields |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": c.context,
                    "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads, "n_inner": c.hidden,
                    "activation_function": "gelu_new", "layer_norm_epsilon": c.eps}
-    elif family == ("rotary", "rms", "swiglu") and (c.qkv_bias == c.out_bias or c.qkv_bias > c.mlp_bias):
-        kind, name = ("llama", "Llama") if c.qkv_bias == c.out_bias else ("qwen2", "Qwen2")
+    elif family == ("rotary", "rms", "swiglu") and fits[name]:
         fields |= {
-            "architectures": [f"{name}ForCausalLM"], "model_type": kind, "hidden_size": c.width,
+            "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "hidden_size": c.width,
             "max_position_embeddings": c.context, "num_hidden_layers": c.layers,
             "num_attention_heads": c.heads, "num_key_value_heads": c.kv_heads, "head_dim": c.head_size,
             "intermediate_size": c.hidden, "hidden_act": "silu", "rms_norm_eps": c.eps,
@@ -371,6 +381,7 @@ GPT2 = {"embed": ["wte"], "position": ["wpe"], "norm": ["ln_f"], "norm1": ["ln_1
 LLAMA = {"embed": ["embed_tokens"], "norm": ["norm"], "norm1": ["input_layernorm"],
          "norm2": ["post_attention_layernorm"], "out": ["self_attn.o_proj"], "down": ["mlp.down_proj"],
          "qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+         "q_norm": ["self_attn.q_norm"], "k_norm": ["self_attn.k_norm"],
          "up": ["mlp.gate_proj", "mlp.up_proj"]}
 BUFFERS = re.compile(r"rotary_emb\.inv_freq$|h\.\d+\.attn\.(bias|masked_bias)$")  # not parameters
 

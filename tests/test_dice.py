@@ -31,7 +31,9 @@ QWEN2 = replace(LLAMA, kv_heads=1, head_size=8, qkv_bias=True, tied=True, rope_t
 SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32)
 LLAMA3 = replace(LLAMA, head_size=16, rope_theta=5e5, rope_scaling=SCALING)
 WIDE = Config(vocab_size=512, context=256, layers=6, width=128, heads=8, kv_heads=2, head_size=16, hidden=352)
-FAMILIES = pytest.mark.parametrize("config", (LLAMA, GPT2, QWEN2, LLAMA3), ids=("llama", "gpt2", "qwen", "3"))
+QWEN3 = replace(LLAMA, head_size=12, qk_norm=True, tied=True, rope_theta=1e6)
+FAMILIES = pytest.mark.parametrize("config", (LLAMA, GPT2, QWEN2, QWEN3, LLAMA3),
+                                   ids=("llama", "gpt2", "qwen2", "qwen3", "llama3"))
 same = torch.testing.assert_close
 
 def network(config, seed=0):
@@ -91,7 +93,7 @@ def test_sampling_and_scoring_agree_in_bfloat16():
     gap = (token_logprobs(once, tokens) - token_logprobs(steps, tokens)).abs()[:, 29:]
     assert gap.mean() < 0.02 and gap.max() < 0.2
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama3", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "llama3", "mistral", "qwen2", "qwen3"])
 @torch.no_grad()
 def test_logits_equal_transformers(kind, tmp_path):
     hf = pytest.importorskip("transformers")
@@ -104,6 +106,8 @@ def test_logits_equal_transformers(kind, tmp_path):
         net = hf.MistralForCausalLM(hf.MistralConfig(**shape, sliding_window=None, head_dim=12))
     elif kind == "qwen2":
         net = hf.Qwen2ForCausalLM(hf.Qwen2Config(**shape, tie_word_embeddings=True))
+    elif kind == "qwen3":
+        net = hf.Qwen3ForCausalLM(hf.Qwen3Config(**shape, tie_word_embeddings=True, head_dim=12))
     else:
         rope = {"rope_type": "llama3", "rope_theta": 5e5, **SCALING} if kind == "llama3" else None
         net = hf.LlamaForCausalLM(hf.LlamaConfig(**shape, rope_parameters=rope))
@@ -111,7 +115,9 @@ def test_logits_equal_transformers(kind, tmp_path):
         p.mul_(4) if p.dim() == 2 else p.add_(torch.randn_like(p) * 0.1)
     net.eval().save_pretrained(tmp_path)
     tokens, ours = torch.randint(0, 90, (2, 50)), dice.load_model(tmp_path, "cpu")
-    same(ours.logits(ours(tokens)), net(tokens).logits, atol=1e-4, rtol=0)
+    theirs = net(tokens).logits
+    same(ours.logits(ours(tokens)), theirs, atol=1e-4, rtol=0)
+    same(steps_of(ours, tokens, (30, 1, 12, 1, 6)), theirs, atol=1e-4, rtol=0)
 
 # ------------------------------------------------------------------------------------- sampler
 PROMPTS = random_ids(np.random.default_rng(0), 5, 1, 17, 30, 9, 2)

@@ -32,7 +32,8 @@ replace = dataclasses.replace
 NETWORKS = {"gpt2": GPT2, "gpt2 untied": replace(GPT2, tied=False), "llama": LLAMA,
             "llama biases": replace(LLAMA, **BIASES, rope_scaling=None),
             "llama tied, head size": replace(LLAMA, tied=True, head_size=6, eps=1e-6),
-            "qwen2": replace(LLAMA, qkv_bias=True, rope_scaling=None, tied=True)}
+            "qwen2": replace(LLAMA, qkv_bias=True, rope_scaling=None, tied=True),
+            "qwen3": replace(LLAMA, qk_norm=True, head_size=6, tied=True, rope_scaling=None)}
 
 def random_state(config, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
@@ -91,21 +92,22 @@ def test_failed_write_leaves_nothing(tmp_path):
         model.write_checkpoint(tmp_path / "a", LLAMA, state, Broken())
     with pytest.raises(ValueError, match="head.weight"):
         model.write_checkpoint(tmp_path / "b", replace(LLAMA, tied=True), state, Broken())
-    for change in ({"norm": "layer"}, {"out_bias": True}, {"qkv_bias": True, "mlp_bias": True}):
+    for change in ({"norm": "layer"}, {"out_bias": True}, {"qkv_bias": True, "mlp_bias": True},
+                   {"qk_norm": True, "mlp_bias": True}, {"qk_norm": True, "qkv_bias": True}):
         config = replace(LLAMA, **change)
         with pytest.raises(InputError, match="no Hugging Face architecture"):
             model.write_checkpoint(tmp_path / "b", config, random_state(config), Broken())
 
 @pytest.mark.parametrize("shard", [10 ** 9, 3000])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "llama biases", "mistral", "qwen2"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama biases", "mistral", "qwen2", "qwen3"])
 def test_transformers_reads_what_we_write(tmp_path, monkeypatch, tokenizer, name, shard):
     transformers = pytest.importorskip("transformers")
     sizes = dict(vocab_size=300, hidden_size=16, num_hidden_layers=2, num_attention_heads=4,
                  num_key_value_heads=2, intermediate_size=24, max_position_embeddings=64,
-                 tie_word_embeddings=name == "qwen2")
+                 tie_word_embeddings=name in ("qwen2", "qwen3"))
     more = {"llama": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **SCALING}), "qwen2": {},
             "llama biases": dict(attention_bias=True, mlp_bias=True, head_dim=6),
-            "mistral": dict(sliding_window=None)}
+            "mistral": dict(sliding_window=None), "qwen3": dict(head_dim=6)}
     if name == "gpt2":
         theirs = transformers.GPT2Config(vocab_size=300, n_positions=32, n_embd=16, n_layer=2, n_head=4)
     else:
@@ -323,6 +325,7 @@ GPT2_JSON = {"model_type": "gpt2", "vocab_size": 100, "n_embd": 32, "n_layer": 2
              "n_positions": 64, "activation_function": "gelu_new"}
 MISTRAL = {"model_type": "mistral", "num_key_value_heads": 2}
 QWEN2 = {"model_type": "qwen2", "num_key_value_heads": 2, "sliding_window": 8}
+QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 16}
 LLAMA31 = {"rope_type": "llama3"} | SCALING
 CLASSIFIER = {"architectures": ["LlamaForSequenceClassification"]}
 ROPE = {"rope_theta": 5e5, "rope_scaling": SCALING}
@@ -345,6 +348,9 @@ def read(tmp_path, content):
     (MISTRAL | {"sliding_window": 1024}, {"kv_heads": 2, "context": 1024}),
     (QWEN2 | {"use_sliding_window": True}, {"kv_heads": 2, "qkv_bias": True, "context": 8}),
     (QWEN2 | {"use_sliding_window": False}, {"kv_heads": 2, "qkv_bias": True}),
+    (QWEN3 | {"sliding_window": 8}, {"kv_heads": 2, "head_size": 16, "qk_norm": True}),
+    (QWEN3 | {"sliding_window": 8, "use_sliding_window": True, "attention_bias": True},
+     {"kv_heads": 2, "head_size": 16, "qk_norm": True, "context": 8, "qkv_bias": True, "out_bias": True}),
     (CLASSIFIER | {"pad_token_id": 3}, {"num_labels": 2, "pad": 3}),
     (CLASSIFIER | {"id2label": {"0": "x"}}, {"num_labels": 1})])
 def test_llama_configs(tmp_path, change, expected):
@@ -355,7 +361,8 @@ def test_llama_configs(tmp_path, change, expected):
     assert read(tmp_path, GPT2_JSON) == gpt2
 
 REFUSED = {  # field: values of it that are refused by its name
-    "model_type": ["mamba", None, ["llama"]], "vocab_size": [None, -1, 10 ** 12, 10 ** 400, "100", True],
+    "model_type": ["mamba", "gemma3_text", "qwen3_moe", None, ["llama"]],
+    "vocab_size": [None, -1, 10 ** 12, 10 ** 400, "100", True],
     "num_attention_heads": [0], "num_key_value_heads": [3], "num_hidden_layers": [2 ** 20],
     "head_dim": [7, 2.0], "max_position_embeddings": [None], "rms_norm_eps": ["x", math.nan],
     "rope_theta": [-1, []], "rope_scaling": ["x"], "partial_rotary_factor": [0.5], "hidden_act": ["gelu"],
@@ -365,7 +372,8 @@ REFUSED_GPT2 = {"activation_function": "relu", "scale_attn_weights": False,
                 "scale_attn_by_inverse_layer_idx": True, "add_cross_attention": True,
                 "reorder_and_upcast_attn": True, "n_inner": -4, "layer_norm_epsilon": 0, "n_layer": None}
 OTHERWISE = [
-    ({"model_type": "qwen2"}, "num_key_value_heads"), ({"hidden_size": 33}, "width"),
+    ({"model_type": "qwen2"}, "num_key_value_heads"), (QWEN3 | {"head_dim": None}, "head_dim"),
+    ({"hidden_size": 33}, "width"),
     (GPT2_JSON | {"n_embd": 30}, "width"), ({"x": "LISTS 150"}, "deep"), ({"x": "OBJECTS 100000"}, "deep"),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
     ({"rope_scaling": {"rope_type": "yarn"}}, "yarn"), ({"rope_scaling": {"rope_type": "llama3"}}, "factor"),
@@ -387,6 +395,7 @@ CONFIGS = {
     "llama": model.config_json(LLAMA) | {"head_dim": 4, "sliding_window": None, "eos_token_id": [1, 2]},
     "mistral": LLAMA_JSON | MISTRAL, "gpt2": model.config_json(GPT2),
     "qwen2": LLAMA_JSON | QWEN2 | {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+    "qwen3": LLAMA_JSON | QWEN3 | {"attention_bias": False, "use_sliding_window": False},
     "reward": model.config_json(LLAMA) | CLASSIFIER | {"id2label": {"0": "LABEL_0"}, "pad_token_id": 0}}
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -408,7 +417,7 @@ def test_any_config_is_read_or_refused(kind, tmp_path):
 PARAMETERS = {  # as published
     "llama3-8b": 8030261248, "zephyr-7b": 7241732096, "gpt2": 124439808, "gpt2-medium": 354823168,
     "gpt2-large": 774030080, "gpt2-xl": 1557611200, "llama3.2-1b": 1235814400, "qwen2.5-0.5b": 494032768,
-    "smollm2-135m": 134515008, "skywork-8b": 7504928768}
+    "qwen3-0.6b": 596049920, "smollm2-135m": 134515008, "skywork-8b": 7504928768}
 
 def test_the_presets():
     assert set(PARAMETERS) | {"tiny", "llama3-8b-sft", "zephyr-7b-sft"} == set(PRESETS)
