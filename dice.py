@@ -86,6 +86,7 @@ class Settings:
     out: str = machine_option("", "directory of the run; without it out/NAME_OF_MODEL")
     weights: str = base_option("real", "dummy: random weights, to measure speed", choices=("real", "dummy"))
     chat: str = base_option("auto", "chat format", choices=("auto", "llama3", "zephyr", "chatml", "plain"))
+    system: str = base_option("", "system message, put before a conversation that begins with none")
     # The method, with the values of the paper
     rounds: int = machine_option(2, "DICE rounds; the paper saw no gain past the third", 0)
     samples: int = option(16, "K, answers sampled per prompt and round", 2)

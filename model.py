@@ -211,9 +211,11 @@ def find_models(settings, out):
     s = settings
     if s.model == "tiny" or s.weights == "dummy":
         config, tokenizer = tiny_model() if s.model == "tiny" else stand_in(s.model)
+        tokenizer.system = s.system
         return out / "base", out / "reference" if s.reference else None, config, tokenizer
     policy_dir = resolve(s.model)
     config, tokenizer = read_config(policy_dir), read_tokenizer(policy_dir, s.chat)
+    tokenizer.system = s.system
     prev_dir = resolve(s.reference) if s.reference else None
     for directory in dict.fromkeys([policy_dir, prev_dir or policy_dir]):
         other = read_config(directory)

@@ -31,7 +31,7 @@ def parse(argv):
     add("--prompts", metavar="FILE", help="JSON lines, or one JSON array: answer each prompt")
     add("--output", metavar="FILE", help="where the answers to --prompts go: AlpacaEval's form, a new file")
     shown = options.all_options(dice.Sampling)
-    for name in ("model", "chat", "seed", "device", "dtype", "rows"):
+    for name in ("model", "chat", "system", "seed", "device", "dtype", "rows"):
         shown[name] = options.all_options(dice.Settings)[name]
     options.add_arguments(parser, shown)
     args = parser.parse_args(argv)

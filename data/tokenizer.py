@@ -27,7 +27,10 @@ class Tokenizer:
     """Text <-> ids. No text becomes a special token.
 
     bos: the id before a text, or None; end: the id that closes an answer; stop_ids: ids that end a sample;
-    vocab_size: the least number of embeddings of a model."""
+    vocab_size: the least number of embeddings of a model; system: the system message that prompt() puts
+    before a conversation that begins with none, or ""."""
+    system = ""
+
     def __init__(self, bpe, id_to_bytes: dict, special_tokens: dict[str, int], bos, stop_ids, chat, files):
         """id_to_bytes: what decode shows; stop_ids[0]: the end-of-text token; files: what save writes."""
         self.bpe, self.special_tokens, self.bos, self.chat, self.files = bpe, special_tokens, bos, chat, files
@@ -66,6 +69,8 @@ class Tokenizer:
         """Ids of a conversation up to where the assistant's answer begins; with an answer, all of it.
         messages: one user message, or a list of {"role": system, user or assistant, "content": text}."""
         turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        if self.system and turns[0].get("role") != "system":
+            turns.insert(0, {"role": "system", "content": self.system})
         if answer is not None:
             turns.append({"role": "assistant", "content": answer})
         parts = []  # str: text; int: a special token
@@ -90,7 +95,7 @@ class Tokenizer:
 
     def turn_template(self, role: str) -> tuple[list, list]:
         """What stands before and after a message (str: text; int: a special token), as in the models' own
-        templates, without the dates and system prompts that some of them add."""
+        templates, without the dates and system messages that some of them add (see `system`)."""
         if self.chat == "llama3":
             header = self.special_id("<|start_header_id|>"), self.special_id("<|end_header_id|>")
             return [header[0], role, header[1], "\n\n"], [self.end]

@@ -182,6 +182,7 @@ def test_10_other_settings_data_or_processes_are_refused_in_one_line(checkpoint,
         assert "--data-filter fdpo: does nothing with --rounds 0" in about_fdpo
         return line
     assert "--beta 0.1, now 0.2; --seed 0, now 5" in refused("--beta", "0.2", "--seed", "5")
+    assert "--system '', now 'Be brief.'" in refused("--system", "Be brief.")
     data.write_text(row + row)
     assert "contents of --preferences have changed" in refused()
     data.write_text(row)
