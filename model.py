@@ -117,6 +117,14 @@ ZEPHYR = LARGE | dict(chat="zephyr", temperature=0.7, top_p=0.9)
 BASE = dict(preferences=PAPER["preferences"], max_new_tokens=1024, max_tokens=2048, rows=64, sft_steps=900,
             dpo_lr=1e-6, lr=1e-6)
 SMALL_BASE = BASE | dict(sft_lr=1e-4, dpo_lr=5e-6, lr=5e-6)  # the smallest models take larger steps
+# Instruct models so small that a laptop or a card of 8 GB trains them: DPO on the paper's pairs, then DICE.
+# On a CPU a round of a few hundred prompts takes hours (--preferences FILE), the paper's 10k take days. The
+# system message is that of their template. The settings are not tuned.
+LAPTOP = PAPER | dict(
+    chat="chatml", system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    temperature=0.7, top_p=0.9, samples=4, max_new_tokens=512, max_tokens=1024, lr=5e-6,
+    dpo_lr=5e-6, warmup=5, batch=8, steps=50, dpo_steps=100, rows=32, chunk=32, score_tokens=2048,
+    train_tokens=1024, recompute="yes", save_steps=10)
 
 LLAMA3_8B = Config(vocab_size=128256, context=8192, layers=32, width=4096, heads=32, kv_heads=8,
                    head_size=128, hidden=14336, rope_theta=500000.0)
@@ -134,6 +142,8 @@ QWEN3_06B = Config(vocab_size=151936, context=32768, layers=28, width=1024, head
                    head_size=128, hidden=3072, qk_norm=True, tied=True, eps=1e-6, rope_theta=1000000.0)
 SMOLLM2_135M = Config(vocab_size=49152, context=8192, layers=30, width=576, heads=9, kv_heads=3, head_size=64,
                       hidden=1536, tied=True, rope_theta=100000.0)
+SMOLLM2_360M = Config(vocab_size=49152, context=8192, layers=32, width=960, heads=15, kv_heads=5,
+                      head_size=64, hidden=2560, tied=True, rope_theta=100000.0)
 
 def gpt2_shape(layers, width):
     return Config(vocab_size=50257, context=1024, layers=layers, width=width, heads=width // 64,
@@ -159,6 +169,9 @@ PRESETS = {
     "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B", QWEN25_05B, BASE | dict(chat="chatml")),
     "qwen3-0.6b": Preset("Qwen/Qwen3-0.6B-Base", QWEN3_06B, BASE | dict(chat="chatml")),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M", SMOLLM2_135M, SMALL_BASE | dict(chat="chatml")),
+    "smollm2-135m-instruct": Preset("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2_135M, LAPTOP),
+    "smollm2-360m-instruct": Preset("HuggingFaceTB/SmolLM2-360M-Instruct", SMOLLM2_360M,
+                                    LAPTOP | dict(rows=16)),
     # A reward model: for --reward, and data/judge.py
     "skywork-8b": Preset("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2", SKYWORK_8B, dict(chat="llama3")),
 }

@@ -417,7 +417,8 @@ def test_any_config_is_read_or_refused(kind, tmp_path):
 PARAMETERS = {  # as published
     "llama3-8b": 8030261248, "zephyr-7b": 7241732096, "gpt2": 124439808, "gpt2-medium": 354823168,
     "gpt2-large": 774030080, "gpt2-xl": 1557611200, "llama3.2-1b": 1235814400, "qwen2.5-0.5b": 494032768,
-    "qwen3-0.6b": 596049920, "smollm2-135m": 134515008, "skywork-8b": 7504928768}
+    "qwen3-0.6b": 596049920, "smollm2-135m": 134515008, "skywork-8b": 7504928768,
+    "smollm2-135m-instruct": 134515008, "smollm2-360m-instruct": 361821120}
 
 def test_the_presets():
     assert set(PARAMETERS) | {"tiny", "llama3-8b-sft", "zephyr-7b-sft"} == set(PRESETS)

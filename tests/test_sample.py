@@ -49,6 +49,15 @@ def test_raw_and_chat_prompts_differ_as_the_tokenizer_says(tiny_model):
     assert sample.encode("Hi", True, net, tokenizer, "") == tokenizer.raw("Hi")
     assert sample.encode("Hi", False, net, tokenizer, "") == tokenizer.prompt("Hi")
 
+def test_a_system_message_comes_before_the_first_turn_and_the_preset_has_one(tiny_model):
+    net, tokenizer = sample.load(sample.parse(["--model", tiny_model, "--system", "Be brief."])[1])
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert sample.encode("Hi", False, net, tokenizer, "") == tokenizer.prompt(turns)
+    assert sample.encode("Hi", True, net, tokenizer, "") == tokenizer.raw("Hi")  # no chat
+    argv = ["--model", "smollm2-135m-instruct"]
+    assert sample.parse(argv)[1].system == models.LAPTOP["system"]
+    assert sample.parse([*argv, "--system", ""])[1].system == ""
+
 def test_options_are_those_of_dice_with_the_preset_between(tiny_model):
     s = sample.parse(["--model", "zephyr-7b", "--top-p", "0.5", "--device", "cpu"])[1]
     assert (s.sampling, s.chat, s.rows) == (dice.Sampling(temperature=0.7, top_p=0.5), "zephyr", 256)
