@@ -79,13 +79,13 @@ def rank_agreement(samples, s):
     """Do the rewards of this round and of the round before rank the answers alike? Kendall's tau, 1 for the
     same order and -1 for the reverse, its mean over the prompts; as in CREAM, arXiv 2410.12735. It needs no
     judge. None in the first round, and with other rewards than the implicit one."""
+    if s.reward != "implicit" or not all(math.isfinite(x.older_logprob) for x in samples):
+        return None
     # r_t and r_{t-1} of each answer. With --reward-reference first both compare with the first model, whose
     # log-prob is prev_logprob then.
     sign = 1 if s.reward_reference == "previous" else -1
     now = np.array([x.logprob - x.prev_logprob for x in samples]).reshape(-1, s.samples)  # (P, K)
     before = np.array([sign * (x.prev_logprob - x.older_logprob) for x in samples]).reshape(-1, s.samples)
-    if s.reward != "implicit" or not np.isfinite(before).all():
-        return None
     signs = [np.sign(reward[:, :, None] - reward[:, None, :]) for reward in (now, before)]  # (P, K, K)
     alike = signs[0] * signs[1]
     pairs = np.abs(alike).sum(axis=(1, 2))  # twice the pairs of answers without a tie
