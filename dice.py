@@ -740,7 +740,6 @@ def continued_logprobs(model, prompt_cache, last, rows, answers):
 # The Transformer: GPT-2 and Llama, one forward for training, prefill and decoding
 class Transformer(nn.Module):
     """GPT-2 and Llama differ by fields of model.Config. Parameter names: model.parameter_shapes."""
-
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -1117,7 +1116,6 @@ def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0,
 # The run: models and data, and the stages before the first round. Its directory and processes: data/runs.py
 class Run(runs.Run):
     """Models, data and settings of a run. All input is read and checked before anything is written."""
-
     def __init__(self, settings):
         s, self.is_tiny = settings, settings.model == "tiny"
         data = jsonl.read_data(s, tiny)

@@ -226,7 +226,7 @@ def resolve(settings):
     require(not s.reference or s.model != "tiny", f"--reference {s.reference}: give its --model too")
     for name in (s.model, s.reference):  # before it is downloaded
         shape = models.PRESETS[name].shape if name in models.PRESETS else None
-        require(not shape or not shape.num_labels, f"{name}: is a reward model; give it to --reward of dice.py")
+        require(not shape or not shape.num_labels, f"{name}: is a reward model; give it to --reward")
     require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", s.device),
             f"--device {s.device}: must be auto, cpu, cuda, or one GPU by its number, such as cuda:1")
     if s.device == "auto":
