@@ -582,8 +582,10 @@ def test_other_runtime_errors_keep_their_traceback(tmp_path, monkeypatch):
 
 # --------------------------------------------------------------------------------- Precision and processes
 @pytest.mark.parametrize("affinity, quota, cores", [
-    (8, "max 100000", 8), (8, "250000 100000", 2), (1, "400000 100000", 1), (8, "50000 100000", 1), (3, None, 3)])
-def test_cores_that_a_process_may_use_are_those_of_its_affinity_and_quota(affinity, quota, cores, monkeypatch):
+    (8, "max 100000", 8), (8, "250000 100000", 2), (1, "400000 100000", 1), (8, "50000 100000", 1),
+    (3, None, 3)])
+def test_cores_that_a_process_may_use_are_those_of_its_affinity_and_quota(
+        affinity, quota, cores, monkeypatch):
     def read_text(path):
         if str(path) == "/sys/fs/cgroup/group/cpu.max" and quota:
             return quota + "\n"
