@@ -38,7 +38,8 @@ of DICE turns that reward into new preference pairs, with no outside labels. dic
 # - alpha is found by bisection, not by a scan of a grid.
 # - The reference log-probs of the DPO loss are computed before training: one model is in memory, not two
 #   (for the losses with a KL it is two).
-# - Real models have no judge here. sample.py writes answers that the alpaca_eval package scores.
+# - Real models have no judge during a run. sample.py writes answers, and data/judge.py compares them by a
+#   reward model.
 
 import hashlib
 import math
@@ -1214,6 +1215,7 @@ def run_rounds(run, policy_dir, prev_dir):
 
 def evaluate(run, name, policy_dir, prev_dir=None):
     """In the tiny world: four answers to each held-out prompt, for the judge. They are never trained on."""
+    # What run.map keeps of them is removed at the end, so the next model may use the same label.
     if not run.is_tiny or (run.out / "evaluation" / f"{name}.jsonl").exists():
         return
     prompts = [run.prompt(text) for text in tiny.held_out_prompts(run.settings.seed)]
