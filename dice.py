@@ -91,6 +91,7 @@ class Settings:
     # The method, with the values of the paper
     rounds: int = machine_option(2, "DICE rounds; the paper saw no gain past the third", 0)
     samples: int = option(16, "K, answers sampled per prompt and round", 2)
+    max_prompts: int = option(10**6, "prompts in a round, at most; of more, other ones in each round", 1)
     gamma: float = option(0.5, "share of offline pairs in a round's training mixture", 0, 1)
     alpha: str = option("auto", "length penalty, nats per unit; auto: alpha*, no length gap; 2x: twice that")
     length_unit: str = option("chars", "the unit of that length", choices=("chars", "tokens"))
@@ -261,8 +262,13 @@ def dice_round(run, t, policy_dir, prev_dir, older_dir=None):
 
 def prompts_of_round(run, t):
     """The prompts to sample for in round t."""
-    # The same in every round, as in the paper's code. Other prompts in every round are a change here alone.
-    return run.prompts
+    # All of them in every round, as in the paper's code. If there are more than --max-prompts, some of them.
+    return draw(run.prompts, run.settings.max_prompts, [run.settings.seed, t])
+
+def draw(items, count, seed):
+    """At most `count` of the items, drawn at random, in their order."""
+    chosen = np.random.default_rng(seed).permutation(len(items))[:count]
+    return [items[i] for i in sorted(chosen)]
 
 # The number of a stream of random numbers is a part of the seed. Round t samples with stream t. Evaluation
 # and fDPO have others:
@@ -1179,8 +1185,9 @@ def sft(run, model_dir):
 def offline_dpo(run, model_dir):
     """DPO on the offline pairs, with the model itself as the reference."""
     s = run.settings
-    add_logprobs(run, "replay", answers_of(run.offline), model_dir)
-    return train_on_pairs(run, s, 0, model_dir, None, run.offline, lr=s.dpo_lr, steps=s.dpo_steps)
+    pairs = draw(run.offline, s.dpo_steps * s.batch, [s.seed, 0])  # no more are trained on
+    add_logprobs(run, "replay", answers_of(pairs), model_dir)
+    return train_on_pairs(run, s, 0, model_dir, None, pairs, lr=s.dpo_lr, steps=s.dpo_steps)
 
 def first_models(run):
     """Directories of pi_1 and pi_0: those given, or the base model after SFT and DPO."""

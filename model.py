@@ -122,9 +122,9 @@ SMALL_BASE = BASE | dict(sft_lr=1e-4, dpo_lr=5e-6, lr=5e-6)  # the smallest mode
 # system message is that of their template. The settings are not tuned.
 LAPTOP = PAPER | dict(
     chat="chatml", system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
-    temperature=0.7, top_p=0.9, samples=4, max_new_tokens=512, max_tokens=1024, lr=5e-6,
-    dpo_lr=5e-6, warmup=5, batch=8, steps=50, dpo_steps=100, rows=32, chunk=32, score_tokens=2048,
-    train_tokens=1024, recompute="yes", save_steps=10)
+    temperature=0.7, top_p=0.9, samples=4, max_prompts=64, max_new_tokens=448, max_tokens=384, held_out=64,
+    dpo_lr=1e-5, dpo_steps=24, lr=1e-5, steps=16, warmup=5, batch=8, rows=64, chunk=32, train_tokens=1024,
+    recompute="yes", save_steps=8)
 
 LLAMA3_8B = Config(vocab_size=128256, context=8192, layers=32, width=4096, heads=32, kv_heads=8,
                    head_size=128, hidden=14336, rope_theta=500000.0)
