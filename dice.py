@@ -38,8 +38,7 @@ of DICE turns that reward into new preference pairs, with no outside labels. dic
 # - alpha is found by bisection, not by a scan of a grid.
 # - The reference log-probs of the DPO loss are computed before training: one model is in memory, not two
 #   (for the losses with a KL it is two).
-# - Real models have no judge during a run. sample.py writes answers, and data/judge.py compares them by a
-#   reward model.
+# - Answers of real models are judged by a reward model (--judge, or data/judge.py afterwards), not by GPT-4.
 
 import hashlib
 import math
@@ -83,6 +82,8 @@ class Settings:
     reference: str = path_option("", "what --model was DPO-trained from; if none, DPO comes first", base=True)
     prompts: str = path_option("", "JSON lines of prompts to sample for; without it those of --preferences")
     preferences: str = path_option("", "JSON lines of offline pairs, for the DPO stage and the replay")
+    judge: str = path_option("", "reward model that compares the models' answers to --judge-prompts")
+    judge_prompts: str = path_option("", "JSON lines of prompts for that; nothing is trained on them")
     start_from: str = path_option("", "a run whose SFT and DPO models, and settings, this run begins with")
     out: str = machine_option("", "directory of the run; without it out/NAME_OF_MODEL")
     weights: str = base_option("real", "dummy: random weights, to measure speed", choices=("real", "dummy"))
@@ -310,11 +311,12 @@ def add_rewards(run, s, label, samples, policy_dir, prev_dir):
         rewards = [tiny.judge(x.prompt.content, x.text) for x in samples]
     else:
         # A reward model, as in iLR-DPO. Its reward of an answer that is too long for it is NaN.
-        fn = partial(reward_model.score, tokenizer=run.reward_tokenizer)
-        rewards = run.map(f"{label} rewards", fn, samples, run.reward_model_dir, "score_tokens")
+        directory, tokenizer = run.reward_models[s.reward]
+        fn = partial(reward_model.score, tokenizer=tokenizer)
+        rewards = run.map(f"{label} rewards", fn, samples, directory, "score_tokens")
     for x, reward in zip(samples, rewards):
         x.reward = reward
-        require(math.isfinite(reward) or run.reward_model_dir, f"reward {reward} (log-probs {x.logprob}, "
+        require(math.isfinite(reward) or s.reward != "implicit", f"reward {reward} (log-probs {x.logprob}, "
                 f"{x.prev_logprob}) for {x.prompt.key[:60]!r}; check the two models, or try --dtype float32")
 
 def implicit_reward(logprob, prev_logprob):
@@ -1131,12 +1133,13 @@ class Run(runs.Run):
         # policy_dir is pi_1 and prev_dir is pi_0. Without --reference, policy_dir is the base model, prev_dir
         # None.
         self.policy_dir, self.prev_dir, self.config, self.tokenizer = models.find_models(s, self.out)
-        self.reward_model_dir, self.reward_tokenizer = models.find_reward_model(s.reward)
+        self.reward_models = {name: models.find_reward_model(name) for name in (s.reward, s.judge)}
         pairs = load_pairs(data.preferences, self.tokenizer, s, self.config.context)
         count = len(pairs) - min(s.held_out, len(pairs) // 8)
         self.offline, self.held_out = pairs[:count], pairs[count:]
         prompts = data.prompts or {p.prompt.key: ("", p.prompt.content) for p in self.offline}.values()
         self.prompts = [self.prompt(content, where) for where, content in prompts]
+        self.judge_prompts = [self.prompt(content, where) for where, content in data.judge_prompts]
 
     def prompt(self, content, where=""):
         ids, context = self.tokenizer.prompt(content), self.config.context
@@ -1194,15 +1197,13 @@ def first_models(run):
     s = run.settings
     # The tiny world, and --weights dummy, begin with random weights.
     policy_dir, prev_dir = run.given(run.policy_dir, s.seed), run.given(run.prev_dir, s.seed + 1)
-    if prev_dir:
-        return policy_dir, prev_dir
-    if s.sft_steps:
+    if not prev_dir and s.sft_steps:
         policy_dir = run.stage("sft", sft, policy_dir)
-    evaluate(run, "sft", policy_dir)
-    if not s.dpo_steps:
-        return policy_dir, None
-    prev_dir, policy_dir = policy_dir, run.stage("dpo", offline_dpo, policy_dir)
-    evaluate(run, "dpo", policy_dir, prev_dir)
+    if not prev_dir and s.dpo_steps:
+        prev_dir, policy_dir = policy_dir, run.stage("dpo", offline_dpo, policy_dir)
+    evaluate(run, "sft", prev_dir or policy_dir)
+    if prev_dir:
+        evaluate(run, "dpo", policy_dir, prev_dir)
     return policy_dir, prev_dir
 
 def run_rounds(run, policy_dir, prev_dir):
@@ -1221,14 +1222,17 @@ def run_rounds(run, policy_dir, prev_dir):
         evaluate(run, f"round-{t}", policy_dir, prev_dir)
 
 def evaluate(run, name, policy_dir, prev_dir=None):
-    """In the tiny world: four answers to each held-out prompt, for the judge. They are never trained on."""
+    """Did the model get better? Four answers to each prompt for the judge; without one, log-probs of the
+    held-out offline pairs. Nothing of it is trained on."""
     # What run.map keeps of them is removed at the end, so the next model may use the same label.
-    if not run.is_tiny or (run.out / "evaluation" / f"{name}.jsonl").exists():
+    s, samples = run.settings, answers_of(run.held_out)
+    if (run.out / "evaluation" / f"{name}.jsonl").exists():
         return
-    prompts = [run.prompt(text) for text in tiny.held_out_prompts(run.settings.seed)]
-    samples = sample_answers(run, run.settings, "evaluation", policy_dir, prompts, 4, EVALUATION)
-    if prev_dir:
-        add_logprobs(run, "evaluation", samples, policy_dir)
+    if run.judge_prompts:
+        samples = sample_answers(run, s, "evaluation", policy_dir, run.judge_prompts, 4, EVALUATION)
+        add_rewards(run, replace(s, reward=s.judge or "gold"), "evaluation", samples, policy_dir, prev_dir)
+    add_logprobs(run, "evaluation", samples, policy_dir)
+    if prev_dir and run.judge_prompts:  # the implicit reward: how often does it agree with the judge?
         add_logprobs(run, "evaluation", samples, prev_dir, "prev_logprob")
     report.keep_evaluation(run, name, samples)
 

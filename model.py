@@ -242,7 +242,7 @@ def find_models(settings, out):
 def find_reward_model(reward):
     """(directory, tokenizer) of a reward model, a sequence classifier with one output; (None, None) of
     implicit and gold. InputError if it is something else, or if its weights do not fit."""
-    if reward in ("implicit", "gold"):
+    if reward in ("", "implicit", "gold"):
         return None, None
     directory = resolve(reward)
     chat = PRESETS[reward].settings.get("chat", "auto") if reward in PRESETS else "auto"

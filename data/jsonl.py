@@ -17,16 +17,21 @@ PROMPT_FIELDS = ("input", "system", "system_prompt", "history", "context", "docu
 @dataclass
 class Data:
     prompts: list  # of (where, prompt)
+    judge_prompts: list  # of the same
     preferences: list  # of Preference
     contents: dict  # path -> hash of what was read from it
 
 def read_data(settings, tiny):
     """The data that the settings of a run name; without files, that of the tiny world (data/tiny.py)."""
-    s, data = settings, Data([], [], {})
+    s, data = settings, Data([], [], [], {})
     if s.prompts:
         data.prompts = read_prompts(s.prompts, data.contents)
     elif s.model == "tiny":
         data.prompts = [("tiny", text) for text in tiny.training_prompts(s.seed)]
+    if s.judge_prompts:
+        data.judge_prompts = read_prompts(s.judge_prompts, data.contents)
+    elif s.model == "tiny":
+        data.judge_prompts = [("tiny", text) for text in tiny.held_out_prompts(s.seed)]
     if s.preferences:
         data.preferences = read_preferences(s.preferences, data.contents)
     elif s.model == "tiny":

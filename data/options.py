@@ -220,6 +220,8 @@ def resolve(settings):
             "--reward gold: judges the tiny world alone; leave out --model, --prompts and --preferences")
     require(s.reward == "implicit" or s.reward_reference == "previous",
             f"--reward-reference {s.reward_reference}: needs --reward implicit, not {s.reward}")
+    require(bool(s.judge) == bool(s.judge_prompts), "--judge and --judge-prompts: give both, or none")
+    require(not s.judge or s.model != "tiny", f"--judge {s.judge}: the tiny world has a judge of its own")
     require(s.weights == "real" or s.model != "tiny", "--weights dummy: stands in for a --model NAME only")
     require(s.min_chars + 1 < s.max_chars, f"--min-chars {s.min_chars}: no answer is longer than that and "
             f"shorter than --max-chars {s.max_chars}; give a smaller one")

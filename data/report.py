@@ -141,10 +141,17 @@ def warnings(row, first):
         yield f"{row['truncated']:.0%} of the answers are cut by --max-new-tokens: they may no longer end"
 
 def keep_evaluation(run, name, samples):
-    """Write evaluation/NAME.jsonl: held-out answers with their gold score and implicit reward (NaN: null)."""
-    run.write_rows(f"evaluation/{name}.jsonl", [
-        {"prompt": x.prompt.content, "sample": x.number, "text": x.text, "reward": x.logprob - x.prev_logprob,
-         "gold": tiny.judge(x.prompt.content, x.text)} for x in samples])
+    """Write evaluation/NAME.jsonl: answers with the judge's score ("gold") and their implicit reward, or, with
+    no judge, the held-out answers (chosen and rejected in turn) with their log-prob. NaN becomes null."""
+    rows = []
+    for x in samples:
+        row = {"prompt": x.prompt.content, "sample": x.number, "text": x.text}
+        known = {"logprob": x.logprob}
+        if run.judge_prompts:
+            known = {"reward": x.logprob - x.prev_logprob, "gold": x.reward}
+        rows.append(row | known)
+    if rows:
+        run.write_rows(f"evaluation/{name}.jsonl", rows)
     run.end_stage()
 
 # ---------------------------------------------------------------------------------------- after a run
@@ -170,13 +177,13 @@ def write(out):
         more = f"\n## Training and rounds\n\n{text}"
         table = judged_table(out, metrics)
         text = markdown(table) + examples(out, judged_stages(out)[-1], table[-1]["stage"])
+    text += verdict(out, metrics)
     shown = ("model", "seed", "rounds", "samples", "gamma", "alpha", "reward", "loss", "beta")
     about = ", ".join(f"{key} {as_text(settings[key])}" for key in shown if key in settings)
     rounds = [row for row in metrics if "alpha" in row]
     if rounds:
         more += "\n" + "".join(f"- {row['stage']}: {prompts_line(row)}\n" for row in rounds)
-        if not judged_stages(out):
-            more += generated_pairs(out, rounds[-1]["stage"])
+        more += generated_pairs(out, rounds[-1]["stage"])
     pictures = [f"{row['stage']}/shaping.png" for row in rounds]
     pictures = [name for name in pictures if (out / name).exists()]
     if metrics and plots.available():
@@ -187,11 +194,59 @@ def write(out):
             f"{text}{more}" + "".join(f"\n![{name}]({name})\n" for name in pictures), encoding="utf-8"))
         if metrics:
             plots.save(out / "curves.png", plots.curves, metrics, table)
+    return f"{text}\nThe report, with pictures and pairs: {out / 'report.md'}"
+
+def judged_stages(out, rounds=(), column="gold"):
+    """The judged stages among SFT, DPO and the rounds. Rounds are compared with the last before them. column
+    "logprob": the stages with log-probs of held-out pairs instead."""
+    stages = []
+    for stage in ("sft", "dpo", *rounds):
+        rows = read_rows(out / "evaluation" / f"{stage}.jsonl")
+        if rows and column in rows[0]:
+            stages.append(stage)
+    return stages
+
+def verdict(out, metrics):
+    """One line: is the last round better than the model before the first one? And its warnings again."""
+    rounds = [row for row in metrics if "alpha" in row]
+    names = [row["stage"] for row in rounds]
+    judged, scored = judged_stages(out, names), judged_stages(out, names, "logprob")
+    text = ""
+    if judged and judged[-1] in names:
+        base, last = judged_stages(out)[-1], judged[-1]
+        gap = judged_answers(out, last)[0] - judged_answers(out, base)[0]
+        gap = np.where(np.isnan(gap), 0, gap).reshape(-1, 4)  # a judge that could not read an answer: a tie
+        wins = np.where(np.abs(gap) < 1e-9, 0.5, gap > 0).mean(axis=1)  # of each prompt
+        text = (f"\n{last} is {compared(wins - 0.5, 'better', 'worse')} than {base}: it wins "
+                f"{interval(wins)} of the comparisons, on {len(wins)} prompts; 50% is chance.\n")
+    elif len(scored) > 1 and scored[-1] in names:
+        base, last = judged_stages(out, column="logprob")[-1], scored[-1]
+        right = [agrees(out, scored[0], stage) for stage in (base, last)]
+        text = (f"\nNo judge has compared the answers (--judge, or data/judge.py). On {len(right[0])} pairs that "
+                f"were kept from training, {last} prefers the chosen answer {interval(right[1])} of the time, "
+                f"and {base} {interval(right[0])}: {compared(right[1] - right[0], 'more', 'less')} often; 50% is "
+                "chance.\n")
+    for row in rounds:
+        text += "".join(f"\n{row['stage']}: WARNING: {warning}\n" for warning in warnings(row, rounds[0]))
     return text
 
-def judged_stages(out, rounds=()):
-    """The judged stages among SFT, DPO and the rounds. Rounds are compared with the last before them."""
-    return [x for x in ("sft", "dpo", *rounds) if (out / "evaluation" / f"{x}.jsonl").exists()]
+def agrees(out, first, stage):
+    """Of each held-out pair: has the model, compared with the first one, become likelier to give the chosen
+    answer than to give the rejected one? (N,) of 0, 0.5 and 1; a tie is a half."""
+    now, before = [np.array([row["logprob"] for row in read_rows(out / "evaluation" / f"{name}.jsonl")])
+                   for name in (stage, first)]
+    reward = (now - before).reshape(-1, 2)
+    return 0.5 + 0.5 * np.sign(reward[:, 0] - reward[:, 1])
+
+def interval(values):
+    return f"{100 * values.mean():.1f} ± {200 * values.std(ddof=1) / math.sqrt(len(values)):.1f}%"
+
+def compared(gaps, more, less):
+    """In words: is the mean of the gaps more than two standard errors away from 0?"""
+    error = 2 * gaps.std(ddof=1) / math.sqrt(len(gaps))
+    if abs(gaps.mean()) <= error:
+        return f"no {more} and no {less}"
+    return more if gaps.mean() > 0 else less
 
 def fault_shares(out, stage):
     """The share of held-out answers with each fault, in percent, and their mean number of closing phrases."""
@@ -215,12 +270,13 @@ def judged_table(out, metrics, full=False):
     base, _, base_chars = judged_answers(out, first[-1])
     for stage in judged_stages(out, rounds):
         gold, reward, chars = judged_answers(out, stage)
-        win, controlled = tiny.win_rates(gold, base, chars, base_chars)
-        row = {"stage": stage, "win rate": win, "length-controlled": controlled, "gold": gold.mean(),
+        known = np.isfinite(gold) & np.isfinite(base)  # a reward model may find an answer too long
+        win, controlled = tiny.win_rates(*(x[known] for x in (gold, base, chars, base_chars)))
+        row = {"stage": stage, "win rate": win, "length-controlled": controlled, "gold": np.nanmean(gold),
                "characters": chars.mean(), "reward agrees %": 100 * agreement(gold, reward)}
         for name, (key, factor) in SHOWN.items():
             value = rounds.get(stage, {}).get(key)
-            if full or "pairs" in name:
+            if full or ("pairs" in name and any(key in row for row in metrics)):
                 row[name] = np.nan if value is None else factor * value
         table.append(row | (fault_shares(out, stage) if full else {}))
     return table
@@ -277,7 +333,7 @@ def examples(out, base, stage):
     for old, new in differ[:3]:
         text += f"\n**{as_text(old['prompt'])}**\n"
         for name, row in ((base, old), (stage, new)):
-            text += f"- {name}, gold {row['gold']:.2f}: {as_text(row['text'])}\n"
+            text += f"- {name}, gold {row['gold']:.2f}: {shortened(row['text'])}\n"
     return text
 
 def generated_pairs(out, stage):

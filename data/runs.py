@@ -107,7 +107,8 @@ class Run:
     def hashes(self):
         """{"contents of --model": hash, ...} of the models and data files that are given to the run."""
         found, start = {}, Path(self.settings.start_from)
-        given = {"model": [self.policy_dir], "reference": [self.prev_dir], "reward": [self.reward_model_dir],
+        rewards = {name: [self.reward_models[getattr(self.settings, name)][0]] for name in ("reward", "judge")}
+        given = {"model": [self.policy_dir], "reference": [self.prev_dir], **rewards,
                  "start_from": sorted(path.parent for path in start.glob("*/config.json"))}
         for name, f in all_options(type(self.settings)).items():
             path = getattr(self.settings, name, "")

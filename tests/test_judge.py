@@ -1,15 +1,17 @@
 """data/judge.py: rewards as transformers computes them, rates by hand, going on, and what is refused."""
+import itertools
 import json
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from test_dice import checkpoint, world  # noqa: F401 (fixtures)
 from test_losses import write_reward_model
 
 import dice
 import model as models
-from data import files, judge, reward_model, tiny
+from data import files, judge, report, reward_model, tiny
 
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"},
         {"role": "user", "content": "Tell me the food of the owl."}]
@@ -147,3 +149,35 @@ def test_files_and_models_that_cannot_be_used(capsys, tmp_path, rm, by_number):
     assert say(tmp_path / "lm", base, other).startswith(f"judge.py: {tmp_path / 'lm'}: not a reward model")
     code, _, err = run(capsys, rm, base, other)
     assert code == 2 and f"{other}: no answer can be compared with {base}" in err.splitlines()[-1]
+
+# ------------------------------------------------------------------------------------- during a run
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_run_says_whether_it_got_better(judged, world, by_number, rm, tmp_path):
+    """With a judge that likes whatever comes later, and with no judge but held-out pairs."""
+    numbers = itertools.count()
+    pairs = [(f"Pair {i}?", f"{i} yes", "no") for i in range(80)]
+    argv = ["--held-out", "10", "--lr", "0.01", "--dpo-lr", "0.01", "--steps", "8", "--dpo-steps", "8"]
+    if judged:
+        prompts = write(tmp_path / "judge.json", [("Who?", ""), ("What?", "")])
+        argv += ["--judge", str(rm), "--judge-prompts", str(prompts)]
+    code, told, out = world(["One?", "Two?"], pairs, lambda i, k: f"{next(numbers)} mice", *argv)
+    rows = {name: files.whole_rows(out / "evaluation" / f"{name}.jsonl") for name in ("sft", "dpo", "round-1")}
+    assert code == 0 and f"pictures and pairs: {out / 'report.md'}" in told.out
+    if judged:
+        assert [row["gold"] for row in rows["dpo"]] == [float(row["text"].split()[0]) for row in rows["dpo"]]
+        assert len(rows["round-1"]) == 2 * 4 and "| round-1 | 100 | 100 |" in told.out
+        assert "round-1 is better than dpo: it wins 100.0 ± 0.0% of the comparisons, on 2 prompts" in told.out
+        return
+    # Of each of the ten pairs: has chosen gained more log-prob over the first model than rejected?
+    found = {}
+    for name in ("dpo", "round-1"):
+        gain = [now["logprob"] - before["logprob"] for now, before in zip(rows[name], rows["sft"])]
+        found[name] = 10 * sum(chosen > rejected for chosen, rejected in zip(gain[::2], gain[1::2]))
+    line = next(line for line in told.out.splitlines() if line.startswith("No judge has compared"))
+    assert len(rows["sft"]) == 20 and f"round-1 prefers the chosen answer {found['round-1']:.1f} ±" in line
+    assert f"and dpo {found['dpo']:.1f} ±" in line and ": no more and no less often" in line
+
+def test_a_difference_counts_if_it_is_more_than_two_standard_errors():
+    for gaps, word in (([1, 1, 0, 1], "better"), ([-1, -1, 0, -1], "worse"), ([1, 0, 0, 0], "no better and"),
+                       ([0, 0, 0, 0], "no better and")):
+        assert report.compared(np.array(gaps), "better", "worse").startswith(word)

@@ -24,7 +24,9 @@ def made(out, stages=("sft", "dpo", "round-1"), judged=("sft", "dpo", "round-1")
     for stage in stages:
         if stage.startswith("round"):
             rows.append({"stage": stage, "alpha": 0.1, "prompts": 9, "prompts_with_pair": 8,
-                         "prompts_all_equal": 1, "generated_pairs": 8, "pairs_right": 0.75})
+                         "prompts_all_equal": 1, "prompts_cut": 0, "prompts_too_few_valid": 0,
+                         "generated_pairs": 8, "pairs_right": 0.75, "offline_agreement": None,
+                         "answer_chars": 9.0, "truncated": 0.0})
         for step in range(1, 4):
             rows.append({"stage": stage, "step": step, "loss": 1 / step}
                         | ({} if stage == "sft" else {"accuracy": 0.5, "margin": 0.1 * step}))
