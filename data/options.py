@@ -23,12 +23,13 @@ TINIEST = 1e-30  # as a least value: anything above 0 that float32 can divide by
 LARGEST = 10**18  # every integer below it, and the seed after it, has a place in 64 bits
 
 def option(default, help, least=-math.inf, most=math.inf, choices=None, identity=True, base=False,
-           contents=False):
+           contents=False, group=""):
     """A setting. identity: it changes what a run computes, so a run goes on with the same value only. base:
     the models before the first round depend on it, and --start-from does not allow another value. contents:
-    it names a file or directory, and the run goes on with the same contents, under any path."""
+    it names a file or directory, and the run goes on with the same contents, under any path. group: the title
+    in --help of this option and of those after it, up to the next one with a group."""
     about = dict(help=help, least=least, most=most, choices=choices, identity=identity, base=base,
-                 contents=contents)
+                 contents=contents, group=group)
     return field(default=default, metadata=about)
 
 def all_options(settings_class):
@@ -129,32 +130,52 @@ class Losses(dict):
 def flag(name):
     return "--" + name.replace("_", "-")
 
-def add_arguments(parser, options, note=""):
-    """A flag for each option. None has a default here, so only what was given is in the result."""
+def add_arguments(parser, options, values={}, note=""):
+    """A flag for each option. None has a default here, so only what was given is in the result. values: what
+    the help shows in brackets, in place of the defaults."""
+    group = parser
     for name, f in options.items():
-        if flag(name) in parser._option_string_actions:  # an option that another loss has too
-            continue
-        kind, choices = type(f.default), f.metadata["choices"]
-        default = "none" if f.default == "" else f.default
-        among = f"{', '.join(choices)}; " if choices else ""
-        text = f"{note}{f.metadata['help']} ({among}default: {default})".replace("%", "%%")  # for argparse
-        parser.add_argument(flag(name), type=kind, metavar=kind.__name__.upper(), help=text)
+        kind, value = type(f.default), values.get(name, f.default)
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        metavar = "PATH" if f.metadata["contents"] else {int: "N", float: "X", str: "TEXT"}[kind]
+        if f.metadata["choices"]:
+            metavar = one_of(f.metadata["choices"])
+        text = note + f.metadata["help"] + (f" [{value}]" if value != "" else "")
+        group.add_argument(flag(name), type=kind, metavar=metavar, help=text.replace("%", "%%"))
+
+def one_of(names):
+    return "{%s}" % ",".join(names)
+
+def make_parser(description, options, losses, values):
+    """The parser of dice.py. values: what its help shows in brackets."""
+    model = values.get("model", options["model"].default)
+    description += (f"\nIn brackets: the value with --model {model}. For those of another model:\n"
+                    "python dice.py --model NAME --help")
+    epilog = ["presets (--model NAME; of a reward model --reward NAME):"]
+    for name, preset in models.PRESETS.items():
+        epilog.append(f"  {name:23}{preset.repository or 'made from nothing, with data of its own'}")
+    parser = argparse.ArgumentParser(usage="python dice.py [options]", description=description,
+                                     epilog="\n".join(epilog), add_help=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-h", "--help", action="store_true", help="show this text and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check the input, measure the machine and "
+                        "print the plan with sizes and times; download nothing, write nothing")
+    add_arguments(parser, options, values)
+    known = parser._option_string_actions  # flag -> what argparse knows of it
+    known["--loss"].metavar = one_of(losses)
+    for name, loss in losses.items():
+        own = {key: f for key, f in loss.options.items() if flag(key) not in known}  # not another loss's too
+        add_arguments(known["--loss"].container, own, values, f"of --loss {name}: ")
+    return parser
 
 def parse(settings_class, description, losses, argv=None):
     """The command line of dice.py -> (settings, is it a dry run?). The value of a setting is the given one,
     else a newly chosen loss's, else that of --start-from's run, else the preset's, else the default."""
     options, presets = all_options(settings_class), {name: p.settings for name, p in models.PRESETS.items()}
-    epilog = [f"losses: {', '.join(losses)}"]
-    epilog += [f"--model {name} has settings of its own: {values}" for name, values in presets.items()]
-    parser = argparse.ArgumentParser(description=description, epilog="\n".join(epilog),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_arguments(parser, options)
-    for name, loss in losses.items():
-        add_arguments(parser, loss.options, f"of --loss {name}: ")
-    parser.add_argument("--dry-run", action="store_true", help="check the input, measure the machine and "
-                        "print the plan with sizes and times; write nothing to --out")
+    parser = make_parser(description, options, losses, {})
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    dry_run = given.pop("dry_run")
+    dry_run, wants_help = given.pop("dry_run"), given.pop("help")
     inherited = inherit(given, options | losses.own) if "start_from" in given else {}
     loss, loss_defaults = given.get("loss", inherited.get("loss", options["loss"].default)), {}
     if loss != inherited.get("loss"):  # another loss has other options and defaults
@@ -165,6 +186,9 @@ def parse(settings_class, description, losses, argv=None):
     if "preferences" in given:
         preset.pop("prompts", None)  # they belong to the preset's own preferences
     values = preset | inherited | loss_defaults | given
+    if wants_help:
+        make_parser(description, options, losses, values).print_help()
+        parser.exit()
     settings = build(settings_class, values)
     settings.of_losses = losses.own  # for what an absent one of them is in the settings.json of an older run
     settings.loss_options = losses.options_of(loss, {k: v for k, v in values.items() if k not in options})
@@ -265,8 +289,8 @@ def report_unused(rows, pairs, limit, s):
         log_info(f"{len(pairs)} of {len(rows)} offline pairs are used: {long} are longer than {limit} tokens,"
                  f" {same} have the same answer twice")
     require(pairs or long or not rows, f"{s.preferences}: every pair has the same answer twice; give others")
-    require(pairs or not rows, f"{s.preferences}: no pair can be used within {limit} tokens; raise "
-            "--max-tokens, or take a model with a longer context")
+    require(pairs or not rows, f"{s.preferences}: no pair can be used within {limit} "
+            "tokens; raise --max-tokens, or take a model with a longer context")
 
 def no_usable_prompt(samples, s):
     cut = sum(x.finish == "length" for x in samples)

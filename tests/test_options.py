@@ -63,6 +63,24 @@ def test_the_command_line_stands_above_the_loss_above_the_preset_above_the_class
     with pytest.raises(InputError, match="--target-margin 3.0: --loss dpo does not read it"):
         parsed("--target-margin", 3)
 
+def test_13_help_is_in_groups_with_the_values_of_the_chosen_preset(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    def shown(*argv):
+        with pytest.raises(SystemExit, match="0"):
+            dice.main([*argv, "--help"])
+        return capsys.readouterr().out
+    text, place = shown("--model", "smollm2-135m-instruct"), 0
+    for part in ("In brackets: the value with --model smollm2-135m-instruct", "\nmodel and data:\n",
+                 "--prompts", "[data/uf-10k/prompt.json]", "\nthe method:\n", "--samples N ", "[4]\n",
+                 "--rejected {worst,random}", "\nlosses:\n", "--loss {dpo,cdpo,", "--beta X ",
+                 "--label-smoothing X   of --loss cdpo: ", "\nsampling:\n", "--top-p X", "[0.9]\n",
+                 "\ntraining:\n", "[1e-05]\n", "\nfirst stages (SFT and DPO):\n", "\nthe machine:\n",
+                 "\n  gpt2                   openai-community/gpt2\n"):
+        assert part in text[place:], part
+        place = text.index(part, place)
+    assert "{'" not in text and "None" not in text
+    assert "[1400]" in shown() and "[2.0]" in shown("--loss", "simpo")
+
 def test_17_a_run_is_named_after_the_directory_of_its_model(tmp_path, monkeypatch):
     (tmp_path / "mine" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "mine" / "deep")
