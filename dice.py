@@ -1124,9 +1124,9 @@ def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0,
 # The run: models and data, and the stages before the first round. Its directory and processes: data/runs.py
 class Run(runs.Run):
     """Models, data and settings of a run. All input is read and checked before anything is written."""
-    def __init__(self, settings):
+    def __init__(self, settings, dry_run=False):
         s, self.is_tiny = settings, settings.model == "tiny"
-        data = jsonl.read_data(s, tiny)
+        data = jsonl.read_data(s, tiny, dry_run)
         options.check_data(s, data)
         super().__init__(s, data.contents)
         # policy_dir is pi_1 and prev_dir is pi_0. Without --reference, policy_dir is the base model, prev_dir
@@ -1238,7 +1238,7 @@ def evaluate(run, name, policy_dir, prev_dir=None):
 @options.command("dice.py")  # what goes wrong becomes one line on stderr and an exit code
 def main(argv=None):
     settings, dry_run = options.parse(Settings, __doc__, LOSSES, argv)
-    run = Run(settings)
+    run = Run(settings, dry_run)
     if dry_run:
         return plan.print_plan(run, new_model, generate, score, Sample, prompts_of_round)
     with run:  # locks the directory; Ctrl-C waits for the next safe point

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from data import tiny
 from data.files import InputError, read_json, require, whole, write_json
 from data.hub import download_repository
+from data.jsonl import PAPER
 from data.processes import backend_for, world
 from data.tokenizer import TOKENIZER_FILES, StandIn, Tokenizer, read_tokenizer
 
@@ -106,8 +107,6 @@ class Preset:
     shape: Config | None  # for --weights dummy, which reads no config.json
     settings: dict  # where they differ from dice.Settings, the paper's for Llama-3
 
-# The two files that data/ultrafeedback.py makes: the paper's prompts and offline pairs.
-PAPER = dict(prompts="data/uf-10k/prompt.json", preferences="data/uf-10k/preference.json")
 # Models that the paper starts from, on cards of 80 GB and more.
 LARGE = PAPER | dict(chunk=256, score_tokens=32768, train_tokens=8192)
 LLAMA3 = LARGE | dict(chat="llama3")
@@ -176,6 +175,11 @@ PRESETS = {
     "skywork-8b": Preset("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2", SKYWORK_8B, dict(chat="llama3")),
 }
 
+def place(name: str) -> Path:
+    """The directory of a preset's model, which may not be there yet."""
+    root = os.path.expanduser(os.environ.get("DICE_WEIGHTS") or "weights")
+    return Path(root, PRESETS[name].repository.rpartition("/")[2])
+
 def resolve(name: str) -> Path:
     """A preset's name or a directory, as given to `--model` -> the directory of the model. A preset's is in
     ./weights, or in the directory DICE_WEIGHTS, and is downloaded if it is missing."""
@@ -184,7 +188,7 @@ def resolve(name: str) -> Path:
         repository = PRESETS[name].repository
         require(repository, f"{name}: is made by dice.py from nothing; give a policy of its runs, like "
                             "out/tiny/round-2/policy")
-        path = Path(os.path.expanduser(os.environ.get("DICE_WEIGHTS") or "weights"), repository.split("/")[1])
+        path = place(name)
         if not path.exists():
             download_repository(repository, path)
     require((path / "config.json").is_file(), f"{path}: not a model directory (no config.json in it); give a "

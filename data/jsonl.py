@@ -7,12 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from data.files import InputError, parse_json, require
+from data.processes import is_first, log_info
 
 ROLES = ("system", "user", "assistant")
 # Fields that make a prompt another one. prompt_of() reads two of them, and refuses what it does not read.
 PROMPT_FIELDS = ("input", "system", "system_prompt", "history", "context", "documents", "tools", "images",
                  "image", "videos", "audios", "chat_template_kwargs")
+# The two files that data/ultrafeedback.py makes: the paper's prompts and offline pairs.
+PAPER = dict(prompts="data/uf-10k/prompt.json", preferences="data/uf-10k/preference.json")
+STAND_IN_PAIRS = 10000  # as many as the paper has
+# Of stand-in data. They have as many letters as words of English text: 4 to 5, in the mean.
+WORDS = """the of and a to in is you that it for on are with as they be this have from or one by but not what
+all were when your can said there use each which she do how their will other about many then them these people
+write different question answer important example language information between country number""".split()
 
 @dataclass
 class Data:
@@ -21,10 +31,22 @@ class Data:
     preferences: list  # of Preference
     contents: dict  # path -> hash of what was read from it
 
-def read_data(settings, tiny):
-    """The data that the settings of a run name; without files, that of the tiny world (data/tiny.py)."""
+def read_data(settings, tiny, dry_run=False):
+    """The data that the settings of a run name; without files, that of the tiny world (data/tiny.py).
+
+    A dry run and --weights dummy need sizes and times only. Where the user has named no files, and the
+    paper's are not there, random words stand in for them."""
     s, data = settings, Data([], [], [], {})
-    if s.prompts:
+    if dry_run and is_first():
+        log_info("reading the data")
+    paths, missing = (s.prompts, s.preferences), ()
+    if s.model != "tiny" and (dry_run or s.weights == "dummy"):
+        missing = [path for path in paths if path in PAPER.values() and not Path(path).exists()]
+        missing = missing if any(paths) else paths
+    stand_in = random_pairs() if missing else []
+    if s.prompts in missing:
+        data.prompts = [(pair.where, pair.prompt) for pair in stand_in]
+    elif s.prompts:
         data.prompts = read_prompts(s.prompts, data.contents)
     elif s.model == "tiny":
         data.prompts = [("tiny", text) for text in tiny.training_prompts(s.seed)]
@@ -32,11 +54,28 @@ def read_data(settings, tiny):
         data.judge_prompts = read_prompts(s.judge_prompts, data.contents)
     elif s.model == "tiny":
         data.judge_prompts = [("tiny", text) for text in tiny.held_out_prompts(s.seed)]
-    if s.preferences:
+    if s.preferences in missing:
+        data.preferences = stand_in
+    elif s.preferences:
         data.preferences = read_preferences(s.preferences, data.contents)
     elif s.model == "tiny":
         data.preferences = [preference(row, "tiny") for row in tiny.preferences(s.seed)]
     return data
+
+def random_pairs():
+    """Preferences of random words, as many as the paper's and about as long."""
+    words, rng, pairs = np.array(WORDS), np.random.default_rng(0), []
+    for i in range(STAND_IN_PAIRS):
+        texts = []
+        for mean in (60, 250, 250):  # words of the prompt, and of the two answers
+            count = rng.integers(mean // 3, 2 * mean - mean // 3 + 1)
+            texts.append(" ".join(words[rng.integers(len(words), size=count)]))
+        pairs.append(Preference(f"stand-in pair {i}", *texts, scores=(1.0, 0.0)))
+    if is_first():
+        log_info(f"no data files: {STAND_IN_PAIRS} prompts of about 60 random words, and pairs of answers of "
+                 "about 250, stand in for them; name your own (--prompts FILE, --preferences FILE), or fetch "
+                 "the paper's (python data/ultrafeedback.py)")
+    return pairs
 
 def read_rows(path, contents=None):
     """Yields (where, row) for each JSON object in the file; where is "FILE line N", for messages. The hash of

@@ -194,7 +194,25 @@ def parse(settings_class, description, losses, argv=None):
     settings.loss_options = losses.options_of(loss, {k: v for k, v in values.items() if k not in options})
     settings.out = settings.out or f"out/{os.path.basename(os.path.abspath(settings.model))}"
     resolve(settings)
+    if dry_run:
+        replace_missing(settings)
     return settings, dry_run
+
+def replace_missing(settings):
+    """For a dry run, which downloads nothing: random weights of its shape stand in for a preset's model."""
+    s, missing = settings, []
+    for name in (s.model, s.reference, s.reward):
+        if name in models.PRESETS and name != "tiny" and not models.place(name).exists():
+            missing.append(name)
+    if missing and is_first():
+        log_info(f"not downloaded: {', '.join(missing)}; a dry run downloads nothing, so random weights "
+                 "of the same shape stand in")
+    if s.model in missing:
+        s.weights = "dummy"
+    if s.reference in missing:
+        s.reference = s.model  # of the same shape
+    if s.reward in missing:
+        s.reward = "gold"  # the other one that reads no model
 
 def inherit(given, options):
     """The settings that --start-from takes over from the other run. InputError if there is no such run, or if
@@ -289,7 +307,7 @@ def report_unused(rows, pairs, limit, s):
         log_info(f"{len(pairs)} of {len(rows)} offline pairs are used: {long} are longer than {limit} tokens,"
                  f" {same} have the same answer twice")
     require(pairs or long or not rows, f"{s.preferences}: every pair has the same answer twice; give others")
-    require(pairs or not rows, f"{s.preferences}: no pair can be used within {limit} "
+    require(pairs or not rows, f"{s.preferences or 'stand-in pairs'}: no pair can be used within {limit} "
             "tokens; raise --max-tokens, or take a model with a longer context")
 
 def no_usable_prompt(samples, s):

@@ -1,4 +1,5 @@
 """The dry run: what a run will do, take and need."""
+import math
 import os
 import shutil
 import time
@@ -9,7 +10,7 @@ import torch
 
 import model as models
 from data.files import require
-from data.processes import rank, world
+from data.processes import log_info, rank, world
 from data.runs import free_last_model
 
 def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
@@ -45,7 +46,7 @@ def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
     free_last_model()
     have = torch.cuda.mem_get_info(run.device)[0] if s.device.startswith("cuda") else free_memory()
     enough = "" if max(need.values()) < have else ": TOO LITTLE"
-    times = ", ".join(f"{what} {h:.2g}" for what, h in hours.items())
+    times = ", ".join(f"{what} {spoken(h)}" for what, h in hours.items())
     needs = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in need.items())
     if rank() == 0:
         print(f"""plan for {run.out}; nothing was written
@@ -53,30 +54,44 @@ data     {len(run.offline)} offline pairs and {len(run.held_out)} held out
 prompts  {len(run.prompts)} of {prompt:.0f} tokens; {drawn} samples in all
 policy   {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}
 stages   SFT of {sft_steps} steps, DPO of {dpo_steps}, {s.rounds} rounds of {s.steps} steps of {s.batch} pairs
-time     about {sum(hours.values()):.2g} hours, if answers have {answer:.0f} tokens: {times}
+time     about {spoken(sum(hours.values()))}, if answers have {answer:.0f} tokens: {times}
 disk     {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free: {stages} checkpoints, state of the training, samples
 memory   {needs}, and activations; {have / 1e9:.1f} GB are free{enough}""")
 
+def spoken(hours):
+    """Hours in words; below one hour, minutes."""
+    minutes = math.ceil(60 * hours)
+    if minutes > 60:
+        return f"{hours:.1f} hours"
+    return "1 minute" if minutes == 1 else f"{minutes} minutes"
+
 def measure(run, new_model, generate, score, make_sample):
     """(parameters of the policy, seconds to sample a token, seconds to read and score one)."""
-    s = run.settings
-    if run.policy_dir.exists():
+    s, saved = run.settings, run.policy_dir.exists()
+    count = sum(math.prod(shape) for shape in models.parameter_shapes(run.config).values())
+    size = 2 if saved and s.dtype == "bfloat16" else 4  # bytes of a weight; random ones are made in float32
+    require(count * size < free_memory(), f"{s.model}: {count * size / 1e9:.1f} GB of main memory are needed "
+            f"to measure it, {free_memory() / 1e9:.1f} GB are free; plan on the machine that shall run it")
+    log_info(f"making the model, {count / 1e6:.1f} million parameters")
+    if saved:
         model = run.load(run.policy_dir)
     else:  # a run makes it from random weights
         model = new_model(run.config, s.seed).to(run.device, getattr(torch, s.dtype))
     prompts = run.prompts[:max(1, s.rows // s.samples)]
     ids = [p.ids for p in prompts]
-    sampling = replace(s.sampling, max_new_tokens=min(32, s.sampling.max_new_tokens))
-    for _ in range(2):  # the first time is slower than the others
+    for tokens, what in ((2, "to warm up"), (32, "to measure")):  # the first time is slower than the others
+        sampling = replace(s.sampling, max_new_tokens=min(tokens, s.sampling.max_new_tokens))
+        log_info(f"sampling {len(ids) * s.samples} answers of {sampling.max_new_tokens} tokens {what}")
         started = time.perf_counter()
         drawn = list(generate(model, ids, s.samples, sampling, stop_ids=[], seed=s.seed, rows=s.rows))
         per_sampled = (time.perf_counter() - started) / sum(len(tokens) for _, _, tokens, _ in drawn)
         samples = [make_sample(prompts[i], tokens, "") for i, _, tokens, _ in drawn[:64]]
+        log_info(f"scoring {len(samples)} of them {what}")
         started = time.perf_counter()
         list(score(model, samples, s.score_tokens))
         read = sum(len(x.tokens) for x in samples) + sum(map(len, {tuple(x.prompt.ids) for x in samples}))
         per_read = (time.perf_counter() - started) / read
-    return sum(p.numel() for p in model.parameters()), per_sampled, per_read
+    return count, per_sampled, per_read
 
 def free_memory():
     """Bytes of main memory that are available."""

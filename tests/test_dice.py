@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import dice
 import model as models
-from data import files, options, plots, report, runs, tiny
+from data import files, jsonl, options, plots, report, runs, tiny
 from data.files import InputError
 from data.options import TINIEST
 from data.processes import batches
@@ -647,6 +647,37 @@ def test_other_mistakes_are_refused(checkpoint, tmp_path, capsys):
     (checkpoint / "model.safetensors").write_bytes(data)
     assert "holds files already" in say(*model, *pairs)
     assert (tmp_path / "out" / "mine.txt").read_text() == "keep"
+
+def test_13_dummy_weights_and_a_dry_run_need_no_data_file_and_a_dry_run_no_download(
+        checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_ENDPOINT", "http://localhost:9")  # a download would fail
+    shape = replace(models.tiny_model()[0], vocab_size=2000, context=512)
+    monkeypatch.setattr(jsonl, "STAND_IN_PAIRS", 200)
+    quick = dict(max_new_tokens=400, samples=4, max_prompts=4, rounds=1, steps=1, batch=2, min_valid=0)
+    mini = models.Preset("o/mini", shape, models.PAPER | quick)
+    monkeypatch.setitem(models.PRESETS, "mini", mini)
+    monkeypatch.setitem(models.PRESETS, "judge", replace(mini, repository="o/judge"))
+    argv = ["--model", "mini", "--reference", "mini", "--device", "cpu", "--out", "run"]
+    assert dice.main(argv) == 2 and "python data/ultrafeedback.py makes it" in capsys.readouterr().err
+    assert dice.main([*argv, "--reward", "judge", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    told = printed.err
+    for part in ("not downloaded: mini, mini, judge", "reading the data", "200 prompts", "sampling",
+                 "scoring"):
+        assert part in told, part
+        told = told[told.index(part):]
+    assert "prompts  200 of " in printed.out and " minute" in printed.out and "hours" not in printed.out
+    assert dice.main(["--model", str(checkpoint), "--dry-run", "--max-tokens", "64", "--rounds", "0"]) == 2
+    assert "stand-in pairs: no pair can be used within 64 tokens" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    assert dice.main([*argv, "--weights", "dummy"]) == 0
+    assert (tmp_path / "run" / "round-1" / "policy" / "model.safetensors").exists()
+    assert "200 prompts" in capsys.readouterr().err
+    files.write_rows(tmp_path / "mine", [GOOD])  # files that are named are read
+    assert dice.main([*argv, "--preferences", "mine", "--gamma", "0", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "1 offline pairs" in printed.out and "random words" not in printed.err
 
 # ------------------------------------------------------------------------------------- odd texts and rewards
 @pytest.fixture
