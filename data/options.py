@@ -285,7 +285,10 @@ def resolve(settings):
 def check_data(s, data):
     """InputError if a stage lacks the data that it needs."""
     offline = data.preferences
-    require(data.prompts or offline, "nothing to sample for: give --prompts FILE or --preferences FILE")
+    runs = [path for path in [*Path(s.model).parents][:2] if (path / "settings.json").exists()]
+    begin = f", or --start-from {runs[0]} to begin with the SFT and DPO models of that run" if runs else ""
+    require(data.prompts or offline,
+            f"nothing to sample for: give --prompts FILE or --preferences FILE{begin}")
     require(not (s.sft_steps and s.reference), f"--sft-steps {s.sft_steps}: a policy with a --reference is "
             "trained already; give --sft-steps 0, or no --reference")
     require(offline or not s.sft_steps,

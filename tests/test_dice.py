@@ -628,6 +628,10 @@ def test_other_mistakes_are_refused(checkpoint, tmp_path, capsys):
     assert "long.jsonl line 2" in told and "context of 128" in told
     assert 'long.jsonl line 2: has no "chosen"' in say(*model, "--preferences", long)
     assert "nothing to sample for" in say(*model) and "--reference" in say(*model, "--prompts", good)
+    assert "--start-from" not in say(*model)
+    files.write_json(tmp_path / "settings.json", {})  # now the model is one of a run
+    assert f"--preferences FILE, or --start-from {tmp_path} to begin with" in say(*model, *reference)
+    (tmp_path / "settings.json").unlink()
     assert "--gamma 0.5: there are no offline pairs to replay" in say(*model, *reference, "--prompts", good)
     sft = [*model, "--prompts", good, "--sft-steps", "10"]
     assert "--sft-steps 10: needs answers" in say(*sft)
