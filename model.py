@@ -175,24 +175,28 @@ PRESETS = {
     "skywork-8b": Preset("Skywork/Skywork-Reward-Llama-3.1-8B-v0.2", SKYWORK_8B, dict(chat="llama3")),
 }
 
-def place(name: str) -> Path:
-    """The directory of a preset's model, which may not be there yet."""
-    root = os.path.expanduser(os.environ.get("DICE_WEIGHTS") or "weights")
-    return Path(root, PRESETS[name].repository.rpartition("/")[2])
+# ORGANISATION/NAME, as the hub allows it.
+REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
+
+def place(repository: str) -> Path:
+    """The directory of a repository of the hub, which may not be there yet."""
+    return Path(os.path.expanduser(os.environ.get("DICE_WEIGHTS") or "weights"), repository)
 
 def resolve(name: str) -> Path:
-    """A preset's name or a directory, as given to `--model` -> the directory of the model. A preset's is in
-    ./weights, or in the directory DICE_WEIGHTS, and is downloaded if it is missing."""
+    """What `--model` is given, a preset's name, a directory or ORGANISATION/NAME on the Hugging Face hub ->
+    the directory of the model. A directory that exists is taken as it is. What is on the hub is downloaded to
+    weights/ORGANISATION/NAME if it is not there. DICE_WEIGHTS may name another directory than ./weights."""
     path = Path(os.path.expanduser(name))
-    if name in PRESETS:
-        repository = PRESETS[name].repository
-        require(repository, f"{name}: is made by dice.py from nothing; give a policy of its runs, like "
-                            "out/tiny/round-2/policy")
-        path = place(name)
+    repository = PRESETS[name].repository if name in PRESETS else name
+    require(repository, f"{name}: is made by dice.py from nothing; give a policy of its runs, like "
+                        "out/tiny/round-2/policy")
+    if name in PRESETS or not path.exists() and REPOSITORY.fullmatch(name):
+        path = place(repository)
         if not path.exists():
             download_repository(repository, path)
     require((path / "config.json").is_file(), f"{path}: not a model directory (no config.json in it); give a "
-            f"directory in Hugging Face format, or one of the names {', '.join(PRESETS)}")
+            "directory in Hugging Face format, ORGANISATION/NAME of a model on the Hugging Face hub, or one "
+            f"of the names {', '.join(PRESETS)}")
     return path
 
 def stand_in(name: str) -> tuple[Config, Tokenizer]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import ssl
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -111,17 +112,17 @@ def download_repository(repository: str, directory: Path):
     try:
         hub = address("HF_ENDPOINT", "https://huggingface.co")
         require(re.fullmatch("[!-~]*", token), "HF_TOKEN: has characters that no token has; copy it again")
+        files = list_files(f"{hub}/api/models/{repository}/tree/main", token)
         directory.parent.mkdir(parents=True, exist_ok=True)
         with one_at_a_time(directory.parent / ".lock"):
             if directory.exists():  # another process has fetched it
                 return
             partial.mkdir(exist_ok=True)
-            files = list_files(f"{hub}/api/models/{repository}/tree/main", partial / "listing.json", token)
             missing = sum(size for size, _ in files.values())
             for path in partial.iterdir():
                 if path.name.removesuffix(".part") in files:
                     missing -= path.stat().st_size
-                else:  # the listing, or left from an earlier version of the repository
+                else:  # left from an earlier version of the repository
                     path.unlink()
             free = shutil.disk_usage(partial).free
             require(missing <= free, f"needs {missing / 1e9:.2f} GB more and {free / 1e9:.2f} GB are free; "
@@ -132,20 +133,26 @@ def download_repository(repository: str, directory: Path):
             os.rename(partial, directory)
             flush(directory.parent)
     except (OSError, InputError) as error:
-        advice = "try again"
-        if getattr(error, "code", None) in (401, 403):
-            advice = f"accept its terms, if any, on {hub}/{repository}, and set HF_TOKEN to your token"
+        code = getattr(error, "code", None)
+        advice = "correct the name" if code == 404 else "try again"
+        if code in (401, 403):  # without a token the hub says 401 of a repository that is not there, too
+            advice = (f"correct the name, or accept its terms, if any, on {hub}/{repository}, and set "
+                      "HF_TOKEN to your token")
         told = str(error).replace(token, "HF_TOKEN") if token else error  # a server may repeat it
-        raise InputError(f"{repository}: not downloaded: {told}; {advice}, or put its config.json, "
-                         f"*.safetensors and tokenizer files into {directory} by hand") from None
+        raise InputError(f"{repository}: no such directory is here, and it was not downloaded from the hub: "
+                         f"{told}; {advice}, or put its config.json, *.safetensors and tokenizer files into "
+                         f"{directory} by hand") from None
 
-def list_files(url, listing, token):
-    """The files of a repository that we read: name -> (size, digest)."""
-    listing.with_name(f"{listing.name}.part").unlink(missing_ok=True)  # of an old list
-    download(url, listing, token=token)
+def list_files(url, token):
+    """The files of a repository that we read: name -> (size, digest). Nothing is left on the disk: there may
+    be no such repository."""
+    with tempfile.TemporaryDirectory() as scratch:
+        listing = Path(scratch, "listing.json")
+        download(url, listing, token=token)
+        content = listing.read_bytes()
     files, unsafe = {}, []
     try:
-        for entry in json.loads(listing.read_bytes()):
+        for entry in json.loads(content):
             name, size = entry["path"], entry["size"]
             digest = (entry.get("lfs") or entry)["oid"]  # a large file has a sha256
             if name.endswith((".bin", ".pth")):

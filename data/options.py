@@ -202,7 +202,7 @@ def replace_missing(settings):
     """For a dry run, which downloads nothing: random weights of its shape stand in for a preset's model."""
     s, missing = settings, []
     for name in (s.model, s.reference, s.reward):
-        if name in models.PRESETS and name != "tiny" and not models.place(name).exists():
+        if name in models.PRESETS and name != "tiny" and not models.place(models.PRESETS[name].repository).exists():
             missing.append(name)
     if missing and is_first():
         log_info(f"not downloaded: {', '.join(missing)}; a dry run downloads nothing, so random weights "

@@ -322,7 +322,7 @@ def test_reward_models_that_do_not_fit_are_refused(checkpoint, tmp_path, capsys)
 def test_a_reward_model_has_a_name_and_gives_no_text(monkeypatch, tmp_path):
     """A stand-in with Llama-3's special tokens and no chat template, where the preset's download would be."""
     monkeypatch.setenv("DICE_WEIGHTS", str(tmp_path))
-    directory = write_reward_model(tmp_path / "Skywork-Reward-Llama-3.1-8B-v0.2")
+    directory = write_reward_model(tmp_path / models.PRESETS["skywork-8b"].repository)
     text, weights = files.read_json(directory / "tokenizer.json"), load_file(directory / "model.safetensors")
     config, [end] = files.read_json(directory / "config.json"), text["added_tokens"]
     for name in ("start_header_id", "end_header_id", "eot_id"):

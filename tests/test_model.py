@@ -444,27 +444,6 @@ def test_zephyr_has_the_context_of_its_window():
     assert config == PRESETS["zephyr-7b"].shape
     assert model.config_json(config) == upstream  # what we save, others load as what it was
 
-def test_resolve(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    fetched = []
-    monkeypatch.setattr(model, "download_repository", lambda *args: fetched.append(args))
-    for name, message in [("absent", "absent: not a model directory.*llama3-8b, .*smollm2-135m"),
-                          (str(tmp_path), "not a model directory"), ("tiny", "tiny: is made by dice.py")]:
-        with pytest.raises(InputError, match=message):
-            model.resolve(name)
-    monkeypatch.setenv("DICE_WEIGHTS", str(tmp_path / "w"))
-    with pytest.raises(InputError, match="gpt2: not a model directory"):
-        model.resolve("gpt2")
-    assert fetched == [("openai-community/gpt2", tmp_path / "w" / "gpt2")]
-    (tmp_path / "w" / "gpt2").mkdir(parents=True)
-    (tmp_path / "w" / "gpt2" / "config.json").write_text("{}")  # what is there needs no network
-    assert model.resolve("gpt2") == model.resolve(str(tmp_path / "w" / "gpt2")) == tmp_path / "w" / "gpt2"
-    monkeypatch.delenv("DICE_WEIGHTS")
-    (tmp_path / "weights").symlink_to(tmp_path / "w")
-    assert model.resolve("gpt2") == Path("weights/gpt2") and len(fetched) == 1
-    with pytest.raises(InputError, match="config.json: not found"):
-        model.read_config(tmp_path / "absent")
-
 def test_a_stand_in(monkeypatch):
     small = replace(LLAMA, vocab_size=2000)
     monkeypatch.setitem(PRESETS, "gpt2", replace(PRESETS["gpt2"], shape=small))
