@@ -15,7 +15,6 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import dice
 import model as models
@@ -153,9 +152,11 @@ def draw(rows, model, prompts, drawn, part, tokenizer, settings):
         return
     answers = dice.generate(model, [prompts[i].ids for i in missing], 1, settings.sampling,
                             stop_ids=tokenizer.stop_ids, seed=settings.seed, rows=rows)
-    for index, _, ids, _ in tqdm(answers, initial=len(drawn), total=len(prompts), unit="answer"):
-        append_row(part, {"index": missing[index], "ids": ids})
-        drawn[missing[index]] = ids
+    with processes.Progress("answers", len(prompts), "answer", initial=len(drawn)) as bar:
+        for index, _, ids, _ in answers:
+            append_row(part, {"index": missing[index], "ids": ids})
+            drawn[missing[index]] = ids
+            bar.advance(len(ids))
 
 @options.command("sample.py")
 def main(argv=None):

@@ -17,9 +17,8 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from data.files import InputError, flush, one_at_a_time, require
+from data.processes import Progress
 from data.tokenizer import TOKENIZER_FILES
 
 TRIES = 5  # give up after so many tries in a row that bring nothing new
@@ -42,7 +41,7 @@ def download(url: str, path: Path, size=None, digest=None, token=""):
     part = path.with_name(path.name + ".part")
     tries, most = TRIES, 0  # most: the most bytes that there were before a try
     part.touch()
-    with tqdm(desc=path.name, total=size, unit="B", unit_scale=True) as bar:
+    with Progress(path.name, size, "B", unit_scale=True, smoothing=0.3) as bar:  # the speed of late
         while True:
             had = part.stat().st_size
             try:

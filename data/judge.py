@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # needed as a script
 import dice  # noqa: E402
@@ -96,9 +95,11 @@ def judge(tokens, model, texts, rewards, tokenizer):
     missing = [key for key in texts if key not in rewards]
     samples = [texts[key][1][0] for key in missing]
     scored = reward_model.score(model, samples, tokens, tokenizer)
-    for i, reward in tqdm(scored, initial=len(texts) - len(missing), total=len(texts), unit="answer"):
-        append_row(texts[missing[i]][0], {"key": missing[i], "reward": reward})
-        rewards[missing[i]] = reward
+    with processes.Progress("rewards", len(texts), "answer", initial=len(texts) - len(missing)) as bar:
+        for i, reward in scored:
+            append_row(texts[missing[i]][0], {"key": missing[i], "reward": reward})
+            rewards[missing[i]] = reward
+            bar.advance(len(samples[i]))
 
 def compare(base_file, new_file):
     """A row of the table: each of MEASURES as [value, low, high], and counts."""

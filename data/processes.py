@@ -1,6 +1,7 @@
 """Processes and signals. torchrun starts one process for each GPU; without it there is one process. All see
 the same directory of the run. Each does its share of the work. The first one writes the shared files."""
 import gc
+import io
 import os
 import signal
 import sys
@@ -107,6 +108,41 @@ def lost_contact(error):
 def log_info(text):
     if rank() == 0:
         tqdm.write(text, file=sys.stderr)
+
+class Progress(tqdm):
+    """The bar of a loop, with tokens per second. Where stderr is no terminal: a line of text at most every
+    minute, and one at the end; nothing of a loop that takes less than a minute."""
+    def __init__(self, label, total, unit, **more):
+        self.tokens, self.shown = 0, None
+        self.is_log = not sys.stderr.isatty()
+        if self.is_log:
+            form = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {elapsed} so far, {remaining} left"
+            more |= dict(file=io.StringIO(), delay=60, mininterval=60, miniters=1, leave=True, bar_format=form)
+        if rank() > 0:
+            more["disable"] = True
+        # smoothing 0: the time left is by the mean speed, as answers end in groups. position 0: the bar of
+        # a loop inside another loop takes its place.
+        more = dict(smoothing=0, position=0, dynamic_ncols=True) | more
+        super().__init__(desc=label, total=total, unit=unit, **more)
+
+    def advance(self, tokens):
+        """One more is done; it has so many tokens."""
+        self.tokens += tokens
+        self.update()
+
+    @property
+    def format_dict(self):
+        about = super().format_dict
+        if self.tokens and about["elapsed"]:
+            about["postfix"] = f"{self.tokens / about['elapsed']:.0f} tokens/s"
+        return about
+
+    def display(self, *args, **more):
+        if not self.is_log:
+            super().display(*args, **more)
+        elif self.n != self.shown:  # the last line may stand there when the bar is closed
+            self.shown = self.n
+            print(self, file=sys.stderr, flush=True)
 
 # ---------------------------------------------------------------------------------------- Interruption
 STOP = []  # the signal that asks the run to stop

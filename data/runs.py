@@ -18,15 +18,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import model as models
 from data import files
 from data.files import InputError, require
 from data.options import all_options, as_dict, flag
 from data.processes import (
-    STOP, Interrupted, any_process, barrier, held_signals, join_processes, leave_processes, log_info, rank,
-    sum_over_processes, usable_cores, world)
+    STOP, Interrupted, Progress, any_process, barrier, held_signals, join_processes, leave_processes,
+    log_info, rank, sum_over_processes, usable_cores, world)
 
 # ---------------------------------------------------------------------------------------- Memory
 OUT_OF_MEMORY = "out of memory", "allocate memory", "ALLOC_FAILED"  # CUDA, CPU, cuBLAS
@@ -175,13 +174,14 @@ class Run:
 
     def map(self, label, fn, items, model, budget, count=1, check=None):
         """A list of results, `count` for each item. fn(network, chunk, budget) yields (index, result) for all
-        results of a chunk of the items, in any order. Results are JSON values.
+        results of a chunk of the items, in any order. A result is a JSON value, or a tuple that begins with
+        the token ids of a sampled answer.
 
         model: a checkpoint directory, loaded only if a result is missing, or a network. budget: "rows" or
         "score_tokens"; where memory runs out it is lowered, and the chunk is done again. A finished chunk is
         kept, as a line of a file in partial/, under the label and a hash of the items; InputError if other
-        items were kept under the label. The processes share the chunks. check(chunk, results) is called after
-        the first chunk, to warn early."""
+        items were kept under the label. The processes share the chunks; the bar is of the first one's share.
+        check(chunk, results) is called after the first chunk, to warn early."""
         label = f"{self.stage_name} {label}"
         hashed = hash_of(items)
         # A prompt costs as much as its K answers.
@@ -196,8 +196,9 @@ class Run:
         mine = chunks[rank()::world()]
         network = self.load(model) if mine and isinstance(model, Path) else model
         total = len(items) * count
-        with tqdm(total=total, desc=label, unit="answer", disable=rank() > 0, leave=count > 1,
-                  initial=total - count * sum(len(chunk) for _, chunk in chunks)) as bar:
+        initial = total - count * sum(len(chunk) for _, chunk in chunks)
+        share = initial + count * sum(len(chunk) for _, chunk in mine)
+        with Progress(label, share, "answer", initial=initial, leave=count > 1) as bar:
             for start, chunk in mine:
                 started = time.perf_counter()
                 least = count if budget == "rows" else max(map(len, chunk))
@@ -219,7 +220,8 @@ class Run:
         self.safe_point(STOP)
         for i, result in fn(network, chunk, budget):
             results[i] = result
-            bar.update()
+            # Sampling gives (token ids, finish reason). What is scored has its tokens already.
+            bar.advance(len(result[0] if isinstance(result, tuple) else chunk[i]))
             self.safe_point(STOP)
         return results
 
@@ -243,19 +245,21 @@ class Run:
         stream, stage = iter(stream), self.stage_name
         for _ in islice(stream, first * batch):
             pass
-        for step in tqdm(range(first, steps), desc=stage, unit="step", initial=first, total=steps,
-                         disable=rank() > 0):
-            stop = any_process(STOP)  # all processes, or none
-            if stop or step % self.settings.save_steps == 0:
-                self.save_training(weights, optimizer, step)
-            self.safe_point(stop)
-            started = time.perf_counter()
-            group = list(islice(stream, batch))
-            if not group:  # the filter has left nothing more to train on
-                return
-            yield step, group
-            optimizer.zero_grad(set_to_none=True)  # saving, and fDPO's sampling, may need its memory
-            self.log_speed(stage, time.perf_counter() - started, padded_tokens=sum(map(len, group)))
+        with Progress(stage, steps, "step", initial=first) as bar:
+            for step in range(first, steps):
+                stop = any_process(STOP)  # all processes, or none
+                if stop or step % self.settings.save_steps == 0:
+                    self.save_training(weights, optimizer, step)
+                self.safe_point(stop)
+                started = time.perf_counter()
+                group = list(islice(stream, batch))
+                if not group:  # the filter has left nothing more to train on
+                    return
+                yield step, group
+                optimizer.zero_grad(set_to_none=True)  # saving, and fDPO's sampling, may need its memory
+                tokens = sum(map(len, group))  # where pairs are padded, the padding too
+                self.log_speed(stage, time.perf_counter() - started, padded_tokens=tokens)
+                bar.advance(tokens)
 
     def fit(self, fn, model, items, *args):
         """fn(tokens, model, items, *args), with --train-tokens; again with fewer where memory runs out."""

@@ -119,7 +119,7 @@ def test_a_whole_repository(server, target, capsys):
     assert fetch(target) == FILES
     assert {path.name for path in target.parent.iterdir()} == {".lock", target.name}
     told = capsys.readouterr().err
-    assert f"downloading {server.url()}/{REPOSITORY} to {target}" in told and f"{WEIGHTS}: 100%" in told
+    assert told == f"downloading {server.url()}/{REPOSITORY} to {target}\n"  # no bar in a log file
     assert fetch(target) == FILES and len(server.asked(f"main/{WEIGHTS}")) == 1  # no second time
     shards = {"model-00001-of-00002.safetensors": b"one", "model-00002-of-00002.safetensors": b"two",
               "model.safetensors.index.json": b"{}", "config.json": b"{}", "vocab.json": b""}
@@ -263,7 +263,7 @@ def test_a_name_is_a_directory_here_or_a_repository_of_the_hub(server, tmp_path,
         patch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # no network
         assert mistyped("out/tny").startswith(f"{told}http://127.0.0.1:9{tree}: ")
     asked = len(server.seen)
-    for name in ("tny", "./tny", "../tny", "/tny", "a/b/c", "a//b", "a b/c", "a/..", "a/b--c", "-a/b", "a/b."):
+    for name in ("tny", "./tny", "../tny", "a/b/c", "a//b", "a b/c", "a/..", "a/b--c", "-a/b", "a/b."):
         with pytest.raises(InputError, match="not a model directory .*, ORGANISATION/NAME of .* gpt2"):
             models.resolve(name)
     with pytest.raises(InputError, match="tiny: is made by dice.py"):

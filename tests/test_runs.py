@@ -373,20 +373,53 @@ def test_9_map_computes_the_missing_chunks_alone_and_gives_results_in_order(tmp_
             seen.append(items[i].ids[0])
             if seen == [1, 0, 3, 2, 5]:
                 raise Killed
-            yield from ((i * 2 + k, [items[i].ids[0], k]) for k in (1, 0))
+            yield from ((i * 2 + k, ([items[i].ids[0]], k)) for k in (1, 0))
     def answers(chunk, items=prompts, label="answers"):
         run = Bench(tmp_path, chunk=chunk)
         run.load = loaded.append
         return run.map(label, backwards, items, Path("a model"), "rows", 2)
     with pytest.raises(Killed):
         answers(2)
-    expected = [[i, k] for i in range(11) for k in range(2)]
+    expected = [[[i], k] for i in range(11) for k in range(2)]
     assert answers(3) == expected
     assert seen == [1, 0, 3, 2, 5] + [5, 4, 3, 8, 7, 6, 10, 9] and len(loaded) == 2
     assert answers(4) == answers(1) == answers(100) == expected and len(seen) == 13 and len(loaded) == 2
     with pytest.raises(InputError, match="has results of other items"):
         answers(2, prompts[:-1])
     assert answers(2, prompts[:1], "others") == expected[:2] and answers(2, [], "none") == []
+
+@pytest.mark.parametrize("is_log", [True, False])
+def test_a_bar_says_tokens_per_second_and_the_time_left_and_a_log_file_gets_a_line_a_minute(
+        is_log, tmp_path, monkeypatch, capsys):
+    """Sampling of 5 answers at 25 s and 500 tokens each, scoring at 5 s, steps of 70 s and 100 tokens."""
+    now, run = [0.0], Bench(tmp_path, chunk=2)
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: not is_log)
+    def takes(seconds, result):
+        def fn(network, items, budget):
+            for i in range(len(items)):
+                now[0] += seconds
+                yield i, result
+        return fn
+    samples = [dice.Sample(dice.Prompt(str(i), [i]), [1] * 49, "") for i in range(5)]
+    run.map("samples", takes(25, ([1] * 500, "stop")), [x.prompt for x in samples], run.net, "rows")
+    run.map("logprob", takes(5, 0.0), samples, run.net, "score_tokens")
+    weights = dict(run.net.named_parameters())
+    for _ in run.training(weights, torch.optim.AdamW(weights.values()), iter(samples * 2), 2, 2):
+        now[0] += 70
+    told = capsys.readouterr().err
+    if is_log:
+        assert told.splitlines() == [
+            "dpo samples: 3 of 5, 25.00s/answer, 20 tokens/s, 01:15 so far, 00:50 left",
+            "dpo samples: 5 of 5, 25.00s/answer, 20 tokens/s, 02:05 so far, 00:00 left",
+            "dpo: 1 of 2, 70.00s/step, 1 tokens/s, 01:10 so far, 01:10 left",
+            "dpo: 2 of 2, 70.00s/step, 1 tokens/s, 02:20 so far, 00:00 left"]
+    else:
+        frames = [frame.strip() for frame in told.replace("\n", "\r").split("\r")]
+        for start, end in (("dpo samples:  40%|", "| 2/5 [00:50<01:15, 25.00s/answer, 20 tokens/s]"),
+                           ("dpo logprob: 100%|", "| 5/5 [00:25<00:00,  5.00s/answer, 10 tokens/s]"),
+                           ("dpo:  50%|", "| 1/2 [01:10<01:10, 70.00s/step, 1 tokens/s]")):
+            assert any(frame.startswith(start) and frame.endswith(end) for frame in frames)
 
 def test_9_the_hash_of_items_knows_their_ids_their_order_and_where_the_answer_begins():
     samples = [dice.Sample(dice.Prompt("", ids), tokens, "") for ids, tokens in (
