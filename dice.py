@@ -239,6 +239,9 @@ class Pair:
 def dice_round(run, t, policy_dir, prev_dir, older_dir=None):
     """From pi_t and pi_{t-1} to pi_{t+1}: returns its weights, pairs (name, tensor)."""
     s = run.settings.of_round(t)
+    # Before hours are spent: how often does the reward agree with offline pairs that are never trained on?
+    add_rewards(run, s, "held-out", answers_of(run.held_out), policy_dir, prev_dir)
+    report.check_held_out(run, s)
     # Steps 1 and 2. With --reward-reference first, prev_dir is the first model. It may be None if another
     # reward than the implicit one ranks the answers. older_dir is for the report: see run_rounds. The loss
     # and the report need these log-probs whatever the reward is. add_rewards finds them kept.
@@ -253,8 +256,6 @@ def dice_round(run, t, policy_dir, prev_dir, older_dir=None):
     # answers get it now.
     pairs = mix_replay(pairs, run.offline, s.gamma, np.random.default_rng([s.seed, t]))
     add_logprobs(run, "replay", answers_of(pairs, "replayed"), policy_dir)
-    # The report says how often the reward agrees with offline pairs that are never trained on.
-    add_rewards(run, s, "held-out", answers_of(run.held_out), policy_dir, prev_dir)
     # Files, lines, and a picture of the shaping, which takes the last two arguments.
     report.log_round(run, s, alpha, samples, pairs, lost, usable_answers(samples, s)[0], choose_pairs)
     # Step 6.
@@ -294,8 +295,7 @@ def draw_answers(model, prompts, rows, s, count, stream, stop_ids):
 def add_logprobs(run, label, samples, model_dir, name="logprob"):
     """Give samples their log-prob under a model, as their attribute `name`."""
     # The token ids are scored as they were sampled. Decoding and encoding again may give other ids.
-    logprobs = run.map(f"{label} {name}", score, samples, model_dir, "score_tokens")
-    for x, logprob in zip(samples, logprobs):
+    for x, logprob in zip(samples, run.map(f"{label} {name}", score, samples, model_dir, "score_tokens")):
         setattr(x, name, logprob)
 
 def add_rewards(run, s, label, samples, policy_dir, prev_dir):
@@ -360,7 +360,8 @@ def make_pairs(samples, s, rng):
         if chosen.shaped > rejected.shaped:  # two equal answers teach nothing
             pairs.append(Pair(chosen, rejected, "generated"))
     lost["all equal"] += len(groups) - len({p.prompt.key for p in pairs})
-    if not pairs and s.gamma < 1:
+    # If no prompt has answers of different rewards, the length alone would have made the pairs.
+    if s.gamma < 1 and (not pairs or (np.nanmax(reward, axis=1) == np.nanmin(reward, axis=1)).all()):
         raise options.nothing_to_prefer(len(groups))
     return alpha, pairs, lost
 

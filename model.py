@@ -238,6 +238,9 @@ def find_models(settings, out):
     config, tokenizer = read_config(policy_dir), read_tokenizer(policy_dir, s.chat)
     tokenizer.system = s.system
     prev_dir = resolve(s.reference) if s.reference else None
+    require(not prev_dir or s.reward != "implicit" or not prev_dir.samefile(policy_dir),
+            f"--reference {s.reference}: is --model itself, so all rewards would be 0; give the model that "
+            "--model was DPO-trained from")
     for directory in dict.fromkeys([policy_dir, prev_dir or policy_dir]):
         other = read_config(directory)
         require(not other.num_labels, f"{directory}: is a reward model; give it to --reward of dice.py")

@@ -116,8 +116,9 @@ class Progress(tqdm):
         self.tokens, self.shown = 0, None
         self.is_log = not sys.stderr.isatty()
         if self.is_log:
-            form = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {elapsed} so far, {remaining} left"
-            more |= dict(file=io.StringIO(), delay=60, mininterval=60, miniters=1, leave=True, bar_format=form)
+            line = "{desc}: {n_fmt} of {total_fmt}, {rate_fmt}{postfix}, {elapsed} so far, {remaining} left"
+            more |= {"file": io.StringIO(), "bar_format": line, "leave": True}
+            more |= {"delay": 60, "mininterval": 60, "miniters": 1}
         if rank() > 0:
             more["disable"] = True
         # smoothing 0: the time left is by the mean speed, as answers end in groups. position 0: the bar of

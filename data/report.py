@@ -32,9 +32,6 @@ def log_round(run, s, alpha, samples, pairs, lost, groups, choose):
     new = [p for p in pairs if p.source == "generated"]
     gaps = [len(p.chosen.text) - len(p.rejected.text) for p in new]
     prompts = len({x.prompt.key for x in samples})
-    # Of offline pairs that are never trained on. sigmoid(-margin), the weight of a pair in the gradient of
-    # DPO, falls to 0 as the pairs are learned.
-    margins = s.beta * np.array([p.chosen.reward - p.rejected.reward for p in run.held_out])
     # The KL of pi_t to the model that the reward compares it with: not always pi_{t-1}.
     kl = "kl_to_previous" if s.reward_reference == "previous" else "kl_to_first"
     row = {"stage": stage, "alpha": alpha, "generated_pairs": len(new),
@@ -42,8 +39,7 @@ def log_round(run, s, alpha, samples, pairs, lost, groups, choose):
            "truncated": fmean(x.finish == "length" for x in samples),
            "identical": 1 - len({(x.prompt.key, x.text) for x in samples}) / len(samples),
            kl: fmean(x.logprob - x.prev_logprob for x in samples),
-           "offline_agreement": float((margins > 0).mean()) if run.held_out else None,
-           "offline_unlearned": float((0.5 - 0.5 * np.tanh(margins / 2)).mean()) if run.held_out else None,
+           **held_out_columns(run, s),
            "rank_agreement": rank_agreement(samples, s),
            "pair_length_gap": fmean(gaps or [0]),
            "prompts": prompts, "prompts_with_pair": prompts - sum(lost.values()),
@@ -125,15 +121,40 @@ def check_samples(s, label, prompts, drawn):
         log_info(f"WARNING: {sum(lost.values())} of the first {len(prompts)} prompts will give no pair; of "
                  f"{lost[reason]}, {REASONS[reason]}")
 
+def check_held_out(run, s):
+    """Called before a round samples, when the held-out offline pairs have their rewards: to warn early."""
+    for warning in held_out_warnings(held_out_columns(run, s)):
+        log_info(f"{run.stage_name}: WARNING: {warning}")
+
+def held_out_columns(run, s):
+    """Columns of the round's row of metrics.jsonl, on offline pairs that are never trained on."""
+    margins = s.beta * np.array([p.chosen.reward - p.rejected.reward for p in run.held_out])
+    # sigmoid(-margin), the weight of a pair in the gradient of DPO, falls to 0 as the pairs are learned.
+    measures = {"agreement": margins > 0, "tied": margins == 0, "unlearned": 0.5 - 0.5 * np.tanh(margins / 2)}
+    columns = {f"offline_{name}": float(x.mean()) if run.held_out else None for name, x in measures.items()}
+    return {"held_out_pairs": len(margins), **columns}
+
+def held_out_warnings(row):
+    """What may be wrong with the reward, by the held-out offline pairs."""
+    count, agreed = row.get("held_out_pairs"), row["offline_agreement"]
+    if not count:
+        return
+    # A coin agrees with half of the pairs, give or take one standard error. A reward within it may be one.
+    error = 0.5 / math.sqrt(count)
+    if row["offline_tied"] == 1:
+        yield (f"the two answers of each of {count} held-out offline pairs have the same reward; check "
+               "--reward and the two models: they may be the same")
+    elif agreed <= 0.5 + error:
+        yield (f"the reward agrees with {agreed:.0%} of {count} held-out offline pairs: not better than a "
+               f"coin (50% ± {error:.0%}); its pairs may be wrong as often as right")
+
 def warnings(row, first):
     """What may be wrong with a round. row and first: the metrics of this round and of the first one."""
     if row["prompts_with_pair"] < row["prompts"] / 2:
         reason = max(REASONS, key=lambda reason: row[column(reason)])
         yield (f"only {row['prompts_with_pair']} of {row['prompts']} prompts gave a pair; of "
                f"{row[column(reason)]}, {REASONS[reason]}")
-    if row["offline_agreement"] is not None and row["offline_agreement"] <= 0.5:
-        yield (f"the reward agrees with {row['offline_agreement']:.0%} of the held-out offline pairs: no "
-               "better than chance; the policy of the round before may be better")
+    yield from held_out_warnings(row)
     if row["answer_chars"] > 1.5 * first["answer_chars"]:
         yield (f"answers have grown from {first['answer_chars']:.0f} to {row['answer_chars']:.0f} characters "
                "since the first round; a larger --alpha may help")

@@ -3,6 +3,7 @@ Then whole runs: what they leave, what they refuse, and what odd texts and rewar
 import json
 import math
 import shutil
+import sys
 import time
 from dataclasses import replace
 from functools import partial
@@ -636,6 +637,7 @@ def test_other_mistakes_are_refused(checkpoint, tmp_path, capsys):
     sft = [*model, "--prompts", good, "--sft-steps", "10"]
     assert "--sft-steps 10: needs answers" in say(*sft)
     assert "--sft-steps 10: a policy with a --reference" in say(*sft, *pairs, *reference)
+    assert f"--reference {checkpoint}: is --model itself, so all rewards" in say(*model, *pairs, *reference)
     small = replace(models.tiny_model()[0], vocab_size=90)
     shape = dice.new_model(small, 0).state_dict()
     models.write_checkpoint(tmp_path / "other", small, shape, models.tiny_model()[1])
@@ -777,7 +779,7 @@ EQUAL = "the same reward, for each of 2 prompts"
 @pytest.mark.parametrize("said, reward, argv, told", [
     (("", "stop"), 0, "", "no prompt has 1.5 valid answers"),
     (("long", "length"), 0, "", "(6 of 6 were cut by the length limit, 0 got no reward)"),
-    (("word", "stop"), math.nan, "", "6 got no reward"), (("word", "stop"), 1.5, "", EQUAL),
+    (("word", "stop"), math.nan, "", "6 got no reward"),
     (("word", "stop"), 1.5, "--rejected random", EQUAL), (("word", "stop"), 1.5, "--gamma 0", EQUAL)])
 def test_a_round_without_a_pair_is_one_clear_error(said, reward, argv, told, world, monkeypatch):
     rewarded(monkeypatch, lambda prompt, text: reward)
@@ -877,14 +879,32 @@ def test_a_round_in_which_most_prompts_give_a_pair_does_not_warn_of_the_others(w
     assert code == 0 and "4 of 5 prompts gave a pair (the others: 1 all equal)" in told.err
     assert "WARNING: only" not in told.err and "will give no pair" not in told.err
 
+@pytest.mark.parametrize("reward, told, code", [
+    (lambda prompt, text: -len(text), "the reward agrees with 0% of 2 held-out offline pairs: not better", 0),
+    (lambda *_: 1.5, "the two answers of each of 2 held-out offline pairs have the same reward", 2)])
+def test_a_reward_that_knows_nothing_is_named_before_anything_is_sampled(
+        reward, told, code, world, monkeypatch):
+    rewarded(monkeypatch, reward)
+    def says(i, k):
+        print("sampling", file=sys.stderr)
+        return f"word {k} " * (k + 1)
+    ended, printed, _ = world(["P", "Q"], OFFLINE * 4, says, "--held-out", "2")
+    words = [line for line in printed.err.splitlines() if line == "sampling" or told in line]
+    assert ended == code and words[0].startswith("round-1: WARNING: ") and words[1] == "sampling"
+    # Told again in the round's lines; and where all rewards are equal, the length alone makes no pairs.
+    assert words[-1] == words[0] if code == 0 else EQUAL in printed.err
+
 @pytest.mark.parametrize("changes, told", [
-    ({}, None), ({"offline_agreement": None}, None),
+    ({}, None), ({"offline_agreement": None, "held_out_pairs": 0}, None),
     ({"prompts_with_pair": 3, "prompts_all_equal": 5}, "raise --temperature"),
     ({"prompts_with_pair": 3, "prompts_too_few_valid": 5}, "between --min-chars"),
-    ({"offline_agreement": 0.5}, "no better than chance"), ({"answer_chars": 160}, "have grown"),
-    ({"truncated": 0.3}, "cut by --max-new-tokens")])
+    ({"offline_agreement": 0.53}, "53% of 256 held-out offline pairs: not better than a coin (50% ± 3%)"),
+    ({"offline_agreement": 0.54}, None), ({"offline_agreement": 16 / 26, "held_out_pairs": 26}, None),
+    ({"offline_agreement": 15 / 26, "held_out_pairs": 26}, "58% of 26 held-out offline pairs: not better"),
+    ({"answer_chars": 160}, "have grown"), ({"truncated": 0.3}, "cut by --max-new-tokens")])
 def test_warnings_name_what_goes_wrong(changes, told):
     fine = {"prompts": 8, "prompts_with_pair": 8, "prompts_cut": 0, "prompts_too_few_valid": 0,
-            "prompts_all_equal": 0, "offline_agreement": 0.6, "answer_chars": 100, "truncated": 0}
+            "prompts_all_equal": 0, "held_out_pairs": 256, "offline_agreement": 0.6, "offline_tied": 0,
+            "answer_chars": 100, "truncated": 0}
     found = list(report.warnings(fine | changes, fine))
     assert len(found) == (told is not None) and all(told in warning for warning in found)

@@ -145,7 +145,7 @@ def test_ctrl_c_and_sigterm_stop_at_a_safe_point(number, moment, alone, tmp_path
     assert "the same command goes on from there" in capsys.readouterr().err
     assert signal.getsignal(number) not in (None, signal.SIG_IGN) and not processes.STOP
     left = {path.name for path in (run / "partial").iterdir()}  # the state after the step it was stopped in
-    assert "round-1.2.0-of-1" in left if moment == "training" else left == {"round-1-samples.0.jsonl"}
+    assert ("round-1.2.0-of-1" if moment == "training" else "round-1-samples.0.jsonl") in left
     assert small(tmp_path) == 0 and differences(alone, run) == []
 
 def test_1_10_fdpo_killed_after_round_1_keeps_the_same_pairs_in_round_2(
