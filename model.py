@@ -188,8 +188,8 @@ def resolve(name: str) -> Path:
     weights/ORGANISATION/NAME if it is not there. DICE_WEIGHTS may name another directory than ./weights."""
     path = Path(os.path.expanduser(name))
     repository = PRESETS[name].repository if name in PRESETS else name
-    require(repository, f"{name}: is made by dice.py from nothing; give a policy of its runs, like "
-                        "out/tiny/round-2/policy")
+    require(name != "tiny", "tiny: is made by dice.py from nothing; give a policy of its runs, like "
+            "out/tiny/round-2/policy")
     if name in PRESETS or not path.exists() and REPOSITORY.fullmatch(name):
         path = place(repository)
         if not path.exists():
