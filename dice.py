@@ -78,7 +78,8 @@ class Sampling:
 @dataclass
 class Settings:
     # group: the options from here to the next group stand under this title in --help.
-    model: str = path_option("tiny", "a preset, or a model directory", base=True, group="model and data")
+    model: str = path_option("tiny", "a preset, a directory, or ORGANISATION/NAME of the hub", base=True,
+                             group="model and data")
     reference: str = path_option("", "what --model was DPO-trained from; if none, DPO comes first", base=True)
     prompts: str = path_option("", "JSON lines, prompts to sample for; without it those of --preferences")
     preferences: str = path_option("", "JSON lines, offline pairs: for the DPO stage and the replay")
@@ -96,12 +97,10 @@ class Settings:
     gamma: float = option(0.5, "share of offline pairs in a round's training mixture", 0, 1)
     alpha: str = option("auto", "reward lost per unit length; auto: no length gap in pairs; 2x: twice that")
     length_unit: str = option("chars", "the unit of that length", choices=("chars", "tokens"))
-    reward: str = path_option("implicit", "what ranks the answers: implicit, DICE's reward; gold, the tiny "
-                              "world's judge, an upper bound; or a reward model, by name or directory")
+    reward: str = path_option("implicit", "ranks answers: implicit, gold (tiny world's judge), or a model")
     reward_reference: str = option("previous", "earlier model in the reward", choices=("previous", "first"))
     rejected: str = option("worst", "which answer is paired with the best", choices=("worst", "random"))
-    data_filter: str = option("none", "fdpo: before each epoch, drop the pairs whose chosen answer is no "
-                              "better than an answer of the model in training", choices=("none", "fdpo"))
+    data_filter: str = option("none", "fdpo: drop pairs no better than own answers", choices=("none", "fdpo"))
     min_chars: int = option(3, "an answer of so many characters or fewer is not trained on", 0)
     max_chars: int = option(6700, "an answer of so many characters or more is not trained on", 1)
     min_valid: float = option(0.5, "share of a prompt's answers that must be usable, else no pair", 0, 1)
@@ -1159,10 +1158,10 @@ class Run(runs.Run):
 def load_pairs(rows, tokenizer, s, context):
     """Pairs from rows of data/jsonl.py. Pairs that are too long are counted and left out, not cut."""
     pairs, limit = [], min(s.max_tokens, context)
+    if LOSSES.needs(s.loss, "score"):
+        options.check_scores(rows, s)
     for row in rows:
         scores, encode = row.scores or (math.nan, math.nan), tokenizer.answer
-        require(np.diff(np.float32(scores)) < 0 or not LOSSES.needs(s.loss, "score"), f'{row.where}: --loss '
-                f'{s.loss} needs "score_chosen" above "score_rejected" in float32; correct or remove the row')
         prompt = Prompt(row.prompt, tokenizer.prompt(row.prompt), row.steps)
         if row.steps is not None:
             # Step-DPO (arXiv 2406.18629): the first steps belong to the prompt. Only the next step is scored,
@@ -1222,9 +1221,9 @@ def run_rounds(run, policy_dir, prev_dir):
         evaluate(run, f"round-{t}", policy_dir, prev_dir)
 
 def evaluate(run, name, policy_dir, prev_dir=None):
-    """Did the model get better? Four answers to each prompt for the judge; without one, log-probs of the
-    held-out offline pairs. Nothing of it is trained on."""
-    # What run.map keeps of them is removed at the end, so the next model may use the same label.
+    """Did the model get better? Four answers to each prompt for the judge, or log-probs of held-out pairs."""
+    # Nothing of it is trained on. What run.map keeps of it is removed at the end, so the next model may use
+    # the same label.
     s, samples = run.settings, answers_of(run.held_out)
     if (run.out / "evaluation" / f"{name}.jsonl").exists():
         return

@@ -13,6 +13,7 @@ from dataclasses import asdict, field, fields, is_dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 import model as models
@@ -160,7 +161,7 @@ def make_parser(description, options, losses, values):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-h", "--help", action="store_true", help="show this text and exit")
     parser.add_argument("--dry-run", action="store_true", help="check the input, measure the machine and "
-                        "print the plan with sizes and times; download nothing, write nothing")
+                        "print the plan with sizes and times; write nothing, download no preset")
     add_arguments(parser, options, values)
     known = parser._option_string_actions  # flag -> what argparse knows of it
     known["--loss"].metavar = one_of(losses)
@@ -201,8 +202,9 @@ def parse(settings_class, description, losses, argv=None):
 def replace_missing(settings):
     """For a dry run, which downloads nothing: random weights of its shape stand in for a preset's model."""
     s, missing = settings, []
-    for name in (s.model, s.reference, s.reward):
-        if name in models.PRESETS and name != "tiny" and not models.place(models.PRESETS[name].repository).exists():
+    for name in (s.model, s.reference, s.reward, s.judge):
+        repository = models.PRESETS[name].repository if name in models.PRESETS else ""
+        if repository and not models.place(repository).exists():
             missing.append(name)
     if missing and is_first():
         log_info(f"not downloaded: {', '.join(missing)}; a dry run downloads nothing, so random weights "
@@ -213,6 +215,8 @@ def replace_missing(settings):
         s.reference = s.model  # of the same shape
     if s.reward in missing:
         s.reward = "gold"  # the other one that reads no model
+    if s.judge in missing:
+        s.judge = s.judge_prompts = ""
 
 def inherit(given, options):
     """The settings that --start-from takes over from the other run. InputError if there is no such run, or if
@@ -301,6 +305,13 @@ def check_data(s, data):
             "replay; give --preferences FILE, or --gamma 0 to do without")
     if s.data_filter != "none" and not s.rounds and s.reward == "implicit" and is_first():
         log_info(f"--data-filter {s.data_filter}: does nothing with --rounds 0; it filters the rounds' pairs")
+
+def check_scores(rows, s):
+    """InputError if a pair has no scores, or none that a loss can take the log of their difference of."""
+    for row in rows:
+        chosen, rejected = np.float32(row.scores or (math.nan, math.nan))
+        require(chosen > rejected, f'{row.where}: --loss {s.loss} needs "score_chosen" above "score_rejected" '
+                "in float32; correct or remove the row")
 
 def report_unused(rows, pairs, limit, s):
     """Log how many offline pairs are left out. InputError if all are."""
