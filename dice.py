@@ -657,7 +657,7 @@ class TokenLogprobs(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets):
         logprobs, totals = [], []
         for rows in chunks(len(hidden), weight):
-            logits = at_least_float32(hidden[rows] @ weight.T)  # (n, V)
+            logits = Logits.apply(hidden[rows], weight)  # (n, V)
             chosen = logits.gather(-1, targets[rows, None])  # (n, 1)
             # The log of the sum of exp. The largest logit is subtracted, so that exp cannot overflow.
             top = logits.amax(-1, keepdim=True)
@@ -671,7 +671,7 @@ class TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, totals = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
         for rows in chunks(len(hidden), weight):
-            logits, g = at_least_float32(hidden[rows] @ weight.T), grad[rows, None]  # (n, V), (n, 1)
+            logits, g = Logits.apply(hidden[rows], weight), grad[rows, None]  # (n, V), (n, 1)
             # d logprob / d logits = onehot(target) - softmax(logits), computed in place.
             slope = logits.sub_(totals[rows]).exp_().mul_(-g).scatter_add_(-1, targets[rows, None], g)
             slope = slope.to(weight.dtype)
@@ -685,8 +685,23 @@ def chunks(count, weight):
     size = max(1, CHUNK_OF_LOGITS * (8 if weight.is_cuda else 1) // len(weight))
     return [slice(start, start + size) for start in range(0, count, size)]
 
-def at_least_float32(x):
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+class Logits(torch.autograd.Function):
+    """hidden @ weight.T: (N, C), (V, C) -> (N, V), in float32 or better."""
+    # Subtle: rounded to bfloat16, logits have an error of 0.04 nats a token, and a reward one of 1 nat. The sums
+    # of a bfloat16 product are float32 anyway. CUDA gives them as they are, but without a gradient.
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        if weight.is_cuda and weight.dtype == torch.bfloat16:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        return hidden.to(dtype) @ weight.to(dtype).T
+
+    @staticmethod
+    def backward(ctx, grad):
+        hidden, weight = ctx.saved_tensors
+        grad = grad.to(weight.dtype)
+        return grad @ weight, grad.T @ hidden
 
 def sequence_logprobs_and_kl(model, ref_model, prompts, answers):
     """log pi(answer | prompt) (B,) and SeqKL(ref || pi) (B,), for TDPO, arXiv 2404.11999."""
@@ -707,9 +722,9 @@ def sequence_logprobs_and_kl(model, ref_model, prompts, answers):
 
 def token_logprobs_and_kl(model, ref_model, hidden, ref_hidden, targets):
     """Hidden states (n, C) of both models, targets (n,) -> log-probs and KLs (2, n)."""
-    pi = F.log_softmax(at_least_float32(model.logits(hidden)), -1)  # (n, V)
+    pi = F.log_softmax(Logits.apply(hidden, model.head_weight), -1)  # (n, V)
     with torch.no_grad():
-        ref = F.log_softmax(at_least_float32(ref_model.logits(ref_hidden)), -1)
+        ref = F.log_softmax(Logits.apply(ref_hidden, ref_model.head_weight), -1)
     kl = F.kl_div(pi, ref, reduction="none", log_target=True).sum(-1)
     return torch.stack((pi.gather(-1, targets[:, None])[:, 0], kl))
 

@@ -315,6 +315,40 @@ def test_log_probs_in_chunks_have_the_values_and_gradients_of_log_softmax_and_ke
     (torch.stack(expected) * scale).sum().backward()
     same(slopes, [p.grad for p in net.parameters()])
 
+class OnCuda(torch.Tensor):
+    """A weight that says it is on CUDA, and the product that torch documents for CUDA alone."""
+    is_cuda = True
+    @classmethod
+    def __torch_function__(cls, fn, types, args=(), kwargs=None):
+        if fn is not torch.mm or not kwargs:
+            return super().__torch_function__(fn, types, args, kwargs)
+        a, b = (x.as_subclass(torch.Tensor) for x in args)
+        assert kwargs == {"out_dtype": torch.float32} and a.dtype == b.dtype == torch.bfloat16
+        assert not torch.is_grad_enabled()  # it has no gradient
+        return torch.mm(a.float(), b.float())
+
+@pytest.mark.parametrize("on_cuda", [False, True], ids=["cpu", "cuda"])
+def test_log_probs_in_bfloat16_are_those_of_float32_logits(on_cuda, monkeypatch):
+    """Against float64 logits of the same hidden states and weights. The gradient is one of bfloat16."""
+    net, ref_model, rng = network(WIDE).bfloat16(), network(WIDE, 1).bfloat16(), np.random.default_rng(0)
+    prompts, answers = random_ids(rng, 9, 1, 5, vocab=512), random_ids(rng, 200, 90, 150, vocab=512)
+    net.head.weight.data *= 8  # logits of about 20, as those of real models
+    if on_cuda:
+        on = property(lambda self: self.head.weight.as_subclass(OnCuda))
+        monkeypatch.setattr(dice.Transformer, "head_weight", on)
+    hidden, targets, mask = dice.forward_answers(net, prompts, answers)
+    weight = net.head.weight.detach().double().requires_grad_()
+    def summed(logits):
+        return torch.where(mask, logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0], 0).sum(1)
+    exact, rounded = summed(hidden.double() @ weight.T), summed((hidden @ net.head.weight.T).float())
+    exact.sum().backward()
+    for found in (dice.sequence_logprobs(net, prompts, answers),
+                  dice.sequence_logprobs_and_kl(net, ref_model, prompts, answers)[0]):
+        assert 300 * (found - exact).abs().max() < (rounded - exact).abs().max()
+        net.zero_grad()
+        found.sum().backward()
+        assert (net.head.weight.grad - weight.grad).norm() < 0.01 * weight.grad.norm()
+
 def test_batches_hold_every_item_once_within_the_budget():
     sizes = np.random.default_rng(0).integers(1, 400, 300).tolist() + [5000]
     groups = batches(sizes, 2000, size=int)

@@ -178,8 +178,6 @@ class Fixed:
         self.config, self.head_weight = replace(LLAMA, vocab_size=3), torch.eye(3, dtype=torch.float64)
     def __call__(self, tokens):
         return self.table[None, :tokens.shape[1]]
-    def logits(self, hidden):
-        return hidden
 
 def test_sequence_kl_on_the_worked_example():
     model, ref_model = Fixed([[1, 0, -1], [0.5, 0.5, 0]]), Fixed([[0, 0, 0], [1, 0, 0]])
@@ -190,14 +188,16 @@ def test_sequence_kl_on_the_worked_example():
 def test_sequence_kl_equals_a_float64_loop_in_value_and_gradient_and_makes_few_logits_at_once(monkeypatch):
     model, ref_model, rng = network(LLAMA).double(), network(LLAMA, 1).double(), np.random.default_rng(0)
     prompts, answers = random_ids(rng, 4, 1, 7), random_ids(rng, 5, 9, 1)
-    seen = [[], []]  # of the logits that each model makes at once
+    seen, real = [], dice.Logits.forward  # seen: of how many places logits are made at once
+    def forward(ctx, hidden, weight):
+        seen.append(len(hidden))
+        return real(ctx, hidden, weight)
     with monkeypatch.context() as patch:
         patch.setattr(dice, "CHUNK_OF_LOGITS", 3 * 90)  # chunks of three places
-        for net, rows in zip((model, ref_model), seen):
-            patch.setattr(net, "logits", lambda x, real=net.logits, rows=rows: rows.append(len(x)) or real(x))
+        patch.setattr(dice.Logits, "forward", forward)
         kl = dice.sequence_logprobs_and_kl(model, ref_model, prompts, answers)[1]
         kl.sum().backward()
-    assert max(seen[0]) == max(seen[1]) == 3 and sum(seen[0]) == 2 * 15  # forward and backward
+    assert max(seen) == 3 and sum(seen) == 4 * 15  # of both models, forward and backward
     slopes, loop = [p.grad.clone() for p in model.parameters()], []
     model.zero_grad()
     for prompt, answer in zip(prompts, answers):
