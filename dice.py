@@ -44,7 +44,7 @@ import hashlib
 import math
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from itertools import groupby
 
 import numpy as np
@@ -687,8 +687,8 @@ def chunks(count, weight):
 
 class Logits(torch.autograd.Function):
     """hidden @ weight.T: (N, C), (V, C) -> (N, V), in float32 or better."""
-    # Subtle: rounded to bfloat16, logits have an error of 0.04 nats a token, and a reward one of 1 nat. The sums
-    # of a bfloat16 product are float32 anyway. CUDA gives them as they are, but without a gradient.
+    # Subtle: rounded to bfloat16, logits have an error of 0.04 nats a token, and a reward one of 1 nat. The
+    # sums of a bfloat16 product are float32 anyway. CUDA gives them as they are, but without a gradient.
     @staticmethod
     def forward(ctx, hidden, weight):
         ctx.save_for_backward(hidden, weight)
@@ -716,7 +716,7 @@ def sequence_logprobs_and_kl(model, ref_model, prompts, answers):
         # checkpoint: nothing of the chunk is kept; it is computed again in the backward pass. Two tables of
         # logits, (N, V) each, would be too large to keep.
         parts.append(checkpoint(token_logprobs_and_kl, model, ref_model, hidden[rows], ref_hidden[rows],
-                                targets[rows], use_reentrant=False))
+                                targets[rows], use_reentrant=False, preserve_rng_state=False))
     logprobs, kl = torch.cat(parts, dim=1)
     return sum_by_row(logprobs, mask), sum_by_row(kl, mask)
 
@@ -797,10 +797,10 @@ class Transformer(nn.Module):
             x = x + self.position(position.clamp(max=self.config.context - 1))  # padding may be beyond it
         else:
             angle = position[:, None, :, None] * rotary_frequencies(self.config, tokens.device)
-            rope = angle.cos(), angle.sin()  # (1 or B, 1, T, D/2)
+            rope = angle.cos(), angle.sin()  # (1 or B, 1, T, D)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, position, rope, use_reentrant=False)
+                x = checkpoint(layer, x, position, rope, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = layer(x, position, rope, cache)
         return self.norm(x)
@@ -847,8 +847,9 @@ class Layer(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
+@lru_cache  # a step asks for them before its graph is captured: they are no part of the graph
 def rotary_frequencies(config, device):
-    """Angle per position of each pair of channels, (D/2,) float32. Llama-3.1 stretches the slow ones."""
+    """Angle per position of each channel, (D,) float32. Llama-3.1 stretches the slow ones."""
     pair = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
     freq = config.rope_theta ** (-pair / config.head_size)
     if s := config.rope_scaling:
@@ -856,12 +857,14 @@ def rotary_frequencies(config, device):
         slow, fast = s["low_freq_factor"], s["high_freq_factor"]
         keep = ((turns - slow) / (fast - slow)).clamp(0, 1)  # 1: fast, as it was; 0: slow, stretched
         freq = freq * keep + freq / s["factor"] * (1 - keep)
-    return freq
+    return torch.cat((-freq, freq))  # see rotate
 
 def rotate(x, cos, sin):
     """Rotary positions (arXiv 2104.09864) of x (B, H, T, D): channel i turns with channel i + D/2."""
+    # The pair (a, b) becomes (a cos - b sin, b cos + a sin). The first half of `sin` is negative: its angles
+    # are. So a GPU launches five kernels, and not eight. The angles are float32.
     a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)  # the angles are float32
+    return (x * cos + torch.cat((b, a), dim=-1) * sin).type_as(x)
 
 def make_norm(config):
     return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm](config.width, eps=config.eps)
@@ -903,6 +906,9 @@ class KVCache:
     def prepare(self, position):
         """Call it once before the layers: queries at position (B, T) see all positions up to their own."""
         if self.varlen:
+            # The rows as one long sequence: row b has T queries from b * T on, and keys from b * capacity on.
+            row = self.row[:len(position) + 1].int()
+            self.starts = row * position.shape[1], row * self.capacity
             self.seen = position[:, -1].int() + 1  # (B,)
         elif self.longest:
             S = min(self.longest + position.shape[1], self.capacity)
@@ -922,14 +928,11 @@ class KVCache:
         B, H, T, D = q.shape
         k, v = self.k[layer], self.v[layer]  # (rows, capacity, G, D)
         if self.varlen:
-            # The rows as one long sequence: row b has T queries from b * T on, and keys from b * capacity on.
             # The kernel is called by its inner name, because varlen_attn of torch.nn.attention has no
             # seqused_k before torch 2.12.
-            start = self.row[:B + 1].int()
             y, *_ = torch.ops.aten._flash_attention_forward(
-                q.transpose(1, 2).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), start * T,
-                start * self.capacity, T, self.capacity, dropout_p=0.0, is_causal=True,
-                return_debug_mask=False, seqused_k=self.seen)
+                q.transpose(1, 2).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *self.starts, T,
+                self.capacity, dropout_p=0.0, is_causal=True, return_debug_mask=False, seqused_k=self.seen)
             return y.view(B, T, H, D).transpose(1, 2)
         # Subtle: H/G query heads share one head of keys. They go in as more queries (along T) of that head,
         # so cached keys and values are read once, and not repeated H/G times.
@@ -1046,7 +1049,8 @@ class DecodingBatch:
                 self.graphs[rows].replay()
             else:
                 self.forward(rows)
-                self.graphs[rows] = capture_cuda_graph(partial(self.forward, rows), self.model.device)
+                fn = partial(self.forward, rows)
+                self.graphs[rows] = capture_cuda_graph(fn, self.model.device, self.graphs)
         self.cache.longest = min(self.cache.longest + 1, self.cache.capacity)
 
     def forward(self, rows):
@@ -1094,11 +1098,13 @@ class DecodingBatch:
         self.cache.longest = int(self.cache.length[:left].max()) if left else 0
         return finished
 
-def capture_cuda_graph(fn, device):
+def capture_cuda_graph(fn, device, graphs):
     """fn() on a GPU as a graph to replay(). fn must read and write the same memory in every call."""
     # Nothing is computed here. The kernels that fn launches are recorded, with the addresses they work on.
+    # What fn makes in between shares its memory with the other graphs. Only one of them runs at a time.
+    pool = next(iter(graphs.values())).pool() if graphs else None
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
         fn()
     return graph
 

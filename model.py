@@ -113,9 +113,15 @@ LLAMA3 = LARGE | dict(chat="llama3")
 ZEPHYR = LARGE | dict(chat="zephyr", temperature=0.7, top_p=0.9)
 # Base models: SFT on the chosen answers of the paper's 10k pairs (3 epochs), DPO on the pairs (1 epoch), DICE
 # on their prompts. Lengths and rows are for cards of 24 GB (gpt2-xl: 48). Usual values, not tuned here.
+# The tokens of a pass are estimates, to be measured. Of each token training keeps, in bfloat16, what the
+# layers made: 0.3 MB of gpt2, 0.6 of smollm2-135m, 1.3 of qwen2.5-0.5b, 1.7 of qwen3-0.6b. So 8192 or 4096
+# tokens take 3 to 7 GB, beside 16 bytes a parameter (2 to 10 GB) and 2 GB for logits. llama3.2-1b has its
+# state in main memory and makes its layers again: 8192 tokens take 2 GB. Scoring keeps keys and values alone,
+# 0.2 MB a token at most. Where memory runs out, a run goes on with fewer.
 BASE = dict(preferences=PAPER["preferences"], max_new_tokens=1024, max_tokens=2048, rows=64, sft_steps=900,
-            dpo_lr=1e-6, lr=1e-6)
-SMALL_BASE = BASE | dict(sft_lr=1e-4, dpo_lr=5e-6, lr=5e-6)  # the smallest models take larger steps
+            dpo_lr=1e-6, lr=1e-6, score_tokens=16384, train_tokens=4096)
+# The smallest models take larger steps.
+SMALL_BASE = BASE | dict(sft_lr=1e-4, dpo_lr=5e-6, lr=5e-6, train_tokens=8192)
 # Instruct models so small that a laptop or a card of 8 GB trains them: DPO on the paper's pairs, then DICE.
 # On a CPU a round of a few hundred prompts takes hours (--preferences FILE), the paper's 10k take days. The
 # system message is that of their template. The settings are not tuned.
@@ -162,9 +168,11 @@ PRESETS = {
     "zephyr-7b-sft": Preset("HuggingFaceH4/mistral-7b-sft-beta", MISTRAL_7B, ZEPHYR),
     "gpt2": Preset("openai-community/gpt2", gpt2_shape(12, 768), SMALL_BASE | SHORT),
     "gpt2-medium": Preset("openai-community/gpt2-medium", gpt2_shape(24, 1024), BASE | SHORT),
-    "gpt2-large": Preset("openai-community/gpt2-large", gpt2_shape(36, 1280), BASE | SHORT | dict(rows=32)),
+    "gpt2-large": Preset("openai-community/gpt2-large", gpt2_shape(36, 1280),
+                         BASE | SHORT | dict(rows=32, train_tokens=2048)),
     "gpt2-xl": Preset("openai-community/gpt2-xl", gpt2_shape(48, 1600), BASE | SHORT | dict(rows=32)),
-    "llama3.2-1b": Preset("meta-llama/Llama-3.2-1B", LLAMA32_1B, BASE | dict(chat="llama3")),
+    "llama3.2-1b": Preset("meta-llama/Llama-3.2-1B", LLAMA32_1B,
+                          BASE | dict(chat="llama3", train_tokens=8192)),
     "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B", QWEN25_05B, BASE | dict(chat="chatml")),
     "qwen3-0.6b": Preset("Qwen/Qwen3-0.6B-Base", QWEN3_06B, BASE | dict(chat="chatml")),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M", SMOLLM2_135M, SMALL_BASE | dict(chat="chatml")),

@@ -52,10 +52,17 @@ def test_captured_steps_draw_what_the_steps_draw(config, monkeypatch):
     prompts = random_ids(rng, *rng.integers(1, 300, 20), vocab=512)
     for options in ({}, {"top_p": 0.9}, {"temperature": 0.0}):
         options |= dict(rows=48, max_new_tokens=150, stop_ids=range(4))
-        captured = sample_all(net, prompts, 8, **options)
+        pools, real = [], dice.capture_cuda_graph
+        def capture(fn, device, graphs):
+            graph = real(fn, device, graphs)
+            pools.append(graph.pool())
+            return graph
         with monkeypatch.context() as patch:
+            patch.setattr(dice, "capture_cuda_graph", capture)
+            captured = sample_all(net, prompts, 8, **options)
             patch.setattr(dice, "capture_cuda_graph", Recorded)
             assert sample_all(net, prompts, 8, **options) == captured
+        assert len(pools) > 1 and len({*pools}) == 1  # one memory for all
         assert len({len(ids) for ids, _ in captured.values()}) > 5
 
 @every_shape
@@ -74,6 +81,17 @@ def test_log_probs_agree_with_float32_and_with_the_sampler(config):
         assert float((logprobs.amax(-1) - drawn).max()) < 0.2
     ours, exact = (np.array(scores(m, samples, 2000)) for m in (net, network(config)))
     assert np.mean(np.abs(ours - exact) / [len(x.tokens) for x in samples]) < 0.04
+
+@torch.no_grad()
+def test_log_probs_are_those_of_float32_logits():
+    """Against float64, with logits of about 20: the sums of the product are not rounded to bfloat16."""
+    hidden, weight = (torch.randn(n, 256, device="cuda").bfloat16() for n in (600, 32000))
+    targets = torch.randint(32000, (600,), device="cuda")
+    def chosen(logits):
+        return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    exact = chosen(hidden.double() @ weight.double().T)
+    ours, rounded = dice.TokenLogprobs.apply(hidden, weight, targets), chosen((hidden @ weight.T).float())
+    assert 100 * (ours - exact).abs().mean() < (rounded - exact).abs().mean()
 
 def test_training_follows_float32_wherever_its_state_is(tmp_path):
     pairs = random_pairs(network(LLAMA), 64)

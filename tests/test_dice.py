@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dice
 import model as models
@@ -172,7 +174,7 @@ def test_samples_end_with_a_stop_token_or_at_the_limit_and_differ():
 
 class Recorded:
     """A CUDA graph without CUDA: does the work again, for the same rows, on the device alone."""
-    def __init__(self, fn, device):
+    def __init__(self, fn, device, graphs):
         self.fn, self.batch = fn, fn.func.__self__
     def replay(self):
         assert self.fn.args[0] >= len(self.batch.request)
@@ -210,16 +212,32 @@ def test_varlen_attention_and_recorded_steps_draw_and_score_the_same(config, mon
     one = sample_all(net, PROMPTS[2:3], 1, **arguments, on_token=streamed.append)
     assert one[0, 0] == drawn[2, 0] and streamed == one[0, 0][0]
 
-def test_a_step_on_a_gpu_waits_for_nothing(monkeypatch):
+class Launches(TorchDispatchMode):
+    """Counts the operations that compute something, and are not only another view of a tensor."""
+    def __init__(self):
+        super().__init__()
+        self.names = Counter()
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        self.names[fn.name()] += not fn.is_view and not fn.name().endswith(("view", "empty.memory_format"))
+        return fn(*args, **kwargs or {})
+
+def test_a_step_on_a_gpu_waits_for_nothing_and_a_layer_launches_few_kernels(monkeypatch):
     """On the device "meta" there are shapes and no numbers: whoever asks for one fails."""
     monkeypatch.setattr(dice, "has_varlen_kernel", lambda config, device, dtype: True)
-    with torch.device("meta"):
-        net = dice.Transformer(LLAMA3).bfloat16()
-    for top_p in (1.0, 0.9):
+    def launches(layers, top_p):
+        with torch.device("meta"):
+            net = dice.Transformer(replace(LLAMA3, layers=layers)).bfloat16()
         batch = dice.DecodingBatch(net, 8, 60, 30, dice.Sampling(0.9, top_p), [1, 2])
         batch.request, batch.cache.longest = [(0, 0)] * 6, 5
         batch.forward(8)
+        with Launches() as counted:
+            batch.forward(8)
         assert batch.token.shape == (8,)
+        return counted.names
+    for top_p in (1.0, 0.9):
+        # Of each layer: 4 products, 5 kernels of rotary positions, 2 writes to the cache, attention, silu and
+        # its product, 2 sums, and 2 norms, which are one kernel on CUDA and 8 here.
+        assert (launches(2, top_p) - launches(1, top_p)).total() <= 16 + 2 * 8
 
 def test_each_prompt_is_prefilled_once(monkeypatch):
     net, seen = network(LLAMA), []
