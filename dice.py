@@ -44,7 +44,7 @@ import hashlib
 import math
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import partial
 from itertools import groupby
 
 import numpy as np
@@ -723,8 +723,7 @@ def sequence_logprobs_and_kl(model, ref_model, prompts, answers):
 def token_logprobs_and_kl(model, ref_model, hidden, ref_hidden, targets):
     """Hidden states (n, C) of both models, targets (n,) -> log-probs and KLs (2, n)."""
     pi = F.log_softmax(Logits.apply(hidden, model.head_weight), -1)  # (n, V)
-    with torch.no_grad():
-        ref = F.log_softmax(Logits.apply(ref_hidden, ref_model.head_weight), -1)
+    ref = F.log_softmax(Logits.apply(ref_hidden, ref_model.head_weight.detach()), -1)
     kl = F.kl_div(pi, ref, reduction="none", log_target=True).sum(-1)
     return torch.stack((pi.gather(-1, targets[:, None])[:, 0], kl))
 
@@ -796,7 +795,7 @@ class Transformer(nn.Module):
         if self.position is not None:
             x = x + self.position(position.clamp(max=self.config.context - 1))  # padding may be beyond it
         else:
-            angle = position[:, None, :, None] * rotary_frequencies(self.config, tokens.device)
+            angle = position[:, None, :, None] * models.rotary_frequencies(self.config, tokens.device)
             rope = angle.cos(), angle.sin()  # (1 or B, 1, T, D)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
@@ -847,18 +846,6 @@ class Layer(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
 
-@lru_cache  # a step asks for them before its graph is captured: they are no part of the graph
-def rotary_frequencies(config, device):
-    """Angle per position of each channel, (D,) float32. Llama-3.1 stretches the slow ones."""
-    pair = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
-    freq = config.rope_theta ** (-pair / config.head_size)
-    if s := config.rope_scaling:
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # in pre-training's context
-        slow, fast = s["low_freq_factor"], s["high_freq_factor"]
-        keep = ((turns - slow) / (fast - slow)).clamp(0, 1)  # 1: fast, as it was; 0: slow, stretched
-        freq = freq * keep + freq / s["factor"] * (1 - keep)
-    return torch.cat((-freq, freq))  # see rotate
-
 def rotate(x, cos, sin):
     """Rotary positions (arXiv 2104.09864) of x (B, H, T, D): channel i turns with channel i + D/2."""
     # The pair (a, b) becomes (a cos - b sin, b cos + a sin). The first half of `sin` is negative: its angles
@@ -898,7 +885,7 @@ class KVCache:
         # 0 * NaN is NaN.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
-        self.capacity, self.varlen = capacity, has_varlen_kernel(config, device, dtype)
+        self.capacity, self.varlen = capacity, models.has_varlen_kernel(config, device, dtype)
         self.row = torch.arange(rows + 1, device=device)
         self.length = torch.zeros(rows, device=device, dtype=torch.long)  # filled positions of each row
         self.longest = 0  # no length is larger; it is known to the host, and attention looks no further
@@ -951,13 +938,6 @@ class KVCache:
         self.length[places] = source.length[rows]
         self.longest = max(self.longest, source.longest)
 
-def has_varlen_kernel(config, device, dtype):
-    """Does Flash attention 2 run here, which reads of each row only as much of the cache as it fills?"""
-    if torch.device(device).type != "cuda" or dtype != torch.bfloat16 or torch.version.hip:
-        return False
-    D, recent = config.head_size, torch.cuda.get_device_capability(device) >= (8, 0)
-    return recent and D % 8 == 0 and D <= 256
-
 def prefill(model, prompts):
     """Read P prompts, lists of ids: a cache that holds them, and the last hidden state of each (P, C)."""
     # With an empty cache, attention is causal among the prompt's own tokens. Padding is written to the cache
@@ -968,7 +948,7 @@ def prefill(model, prompts):
     cache.length, cache.longest = length, tokens.shape[1]
     return cache, hidden[torch.arange(len(prompts), device=tokens.device), length - 1]
 
-def sample_token(logits, uniform, sampling):
+def sample_token(logits, uniform, sampling, candidates=None):
     """Logits (B, V) and a random number in [0, 1) for each row (B,) -> token ids (B,)."""
     if sampling.temperature < TINIEST:  # 0 is greedy, and so is all that float32 cannot divide by
         return logits.argmax(-1)
@@ -976,12 +956,15 @@ def sample_token(logits, uniform, sampling):
     if sampling.top_p < 1:
         # The nucleus: the smallest set of tokens with a probability of top_p. It is nearly always among the
         # 64 likeliest tokens, and to find these takes a fraction of the time of a sort. But to ask whether 64
-        # were enough makes the host wait for a GPU. So a GPU sorts everything.
-        V, count = probs.shape[-1], 64 if logits.is_cpu else probs.shape[-1]
+        # were enough makes the host wait for a GPU. Who must not wait says how many candidates there are. A
+        # row whose nucleus is larger than that gets -1.
+        V, count = probs.shape[-1], candidates or 64
         likeliest, token = probs.topk(min(count, V))  # in descending order
-        while count < V and (likeliest.sum(-1) < sampling.top_p).any():
+        while not candidates and count < V and (likeliest.sum(-1) < sampling.top_p).any():
             count *= 8
             likeliest, token = probs.topk(min(count, V))
+        if count < V:
+            token = token.masked_fill(likeliest.sum(-1, keepdim=True) < sampling.top_p, -1)
         before = likeliest.cumsum(-1) - likeliest  # the probability of all likelier tokens
         probs = likeliest.where(before < sampling.top_p, 0)
     # Invert the cumulative distribution. Example: the probabilities 0.5, 0.3, 0.2 add up to 0.5, 0.8, 1.0.
@@ -1021,6 +1004,9 @@ class DecodingBatch:
         # A random number for each token of a row. They are drawn before its first step.
         self.uniform = torch.zeros(rows, limit + 1, device=device)
         self.graphs = {}  # number of rows -> CUDA graph of a step
+        # In a graph, see sample_token. A row that gets no token waits until there are more candidates.
+        self.candidates = 1024 if self.cache.varlen else None
+        self.waits = torch.zeros_like(self.done)
 
     def add(self, prompts, count, uniform, limits):
         """Start `count` rows for each of the prompts, (index, ids) each. limits: their longest answers."""
@@ -1050,7 +1036,7 @@ class DecodingBatch:
             else:
                 self.forward(rows)
                 fn = partial(self.forward, rows)
-                self.graphs[rows] = capture_cuda_graph(fn, self.model.device, self.graphs)
+                self.graphs[rows] = models.capture_cuda_graph(fn, self.model.device, self.graphs)
         self.cache.longest = min(self.cache.longest + 1, self.cache.capacity)
 
     def forward(self, rows):
@@ -1058,23 +1044,30 @@ class DecodingBatch:
         # A row that is done computes along with the others. Its length stays, so it overwrites one position.
         rows = slice(0, rows)
         hidden = self.model(self.token[rows, None], self.cache)
-        self.cache.length[rows] += ~self.done[rows]
-        self.append_token(rows, self.model.logits(hidden[:, 0]))
+        self.cache.length[rows] += self.append_token(rows, self.model.logits(hidden[:, 0]), self.candidates)
 
-    def append_token(self, rows, logits):
-        """Draw a token for each of the rows, from logits (B, V). The answer of a row that is done stays."""
+    def append_token(self, rows, logits, candidates=None):
+        """Draw a token for each of the rows, from logits (B, V). Returns which rows have got one (B,)."""
         place = self.count[rows, None]  # (B, 1)
-        token = sample_token(logits, self.uniform[rows].gather(1, place)[:, 0], self.sampling)
-        self.token[rows] = token
+        uniform = self.uniform[rows].gather(1, place)[:, 0]
+        token = sample_token(logits, uniform, self.sampling, candidates)
+        # The answer of a row that is done, or waits, stays.
+        self.waits[rows] = token < 0
+        drawn = ~(self.done[rows] | self.waits[rows])
+        self.token[rows] = token.where(drawn, self.token[rows])
         self.answer[rows].scatter_(1, place, token[:, None])
-        self.count[rows] += ~self.done[rows]
+        self.count[rows] += drawn
         # An answer ends with a stop token, which belongs to it, or at its limit: then it is cut.
-        self.done[rows] |= self.is_stop[token] | (self.count[rows] >= self.limit[rows])
+        self.done[rows] |= drawn & (self.is_stop[token] | (self.count[rows] >= self.limit[rows]))
+        return drawn
 
     def take_finished(self):
         """Take out the rows that have ended: a list of what generate() yields."""
         # tolist() waits for the device. All else here is done only if a row has ended.
-        done = self.done[:len(self.request)].tolist()
+        done, waits = torch.stack((self.done, self.waits))[:, :len(self.request)].tolist()
+        if any(waits):
+            self.candidates *= 8
+            self.graphs.clear()
         ended = [row for row, is_done in enumerate(done) if is_done]
         if not ended:
             return []
@@ -1097,16 +1090,6 @@ class DecodingBatch:
         # Shorter rows may be left, so attention may look less far from here on.
         self.cache.longest = int(self.cache.length[:left].max()) if left else 0
         return finished
-
-def capture_cuda_graph(fn, device, graphs):
-    """fn() on a GPU as a graph to replay(). fn must read and write the same memory in every call."""
-    # Nothing is computed here. The kernels that fn launches are recorded, with the addresses they work on.
-    # What fn makes in between shares its memory with the other graphs. Only one of them runs at a time.
-    pool = next(iter(graphs.values())).pool() if graphs else None
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
-        fn()
-    return graph
 
 @torch.inference_mode()
 def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0, on_token=None):
@@ -1137,7 +1120,7 @@ def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0,
         else:
             for _ in range(steps):
                 batch.step()
-        if on_token:
+        if on_token and not batch.waits[0]:
             on_token(int(batch.token[0]))
         yield from batch.take_finished()
 

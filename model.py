@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -87,6 +88,18 @@ def parameter_shapes(config: Config) -> dict[str, tuple]:
     if config.num_labels or not config.tied:
         shapes["head.weight"] = (config.num_labels or V, C)
     return shapes
+
+@lru_cache  # a step asks for them before its graph is captured: they are no part of the graph
+def rotary_frequencies(config, device):
+    """Angle per position of each channel, (D,) float32. Llama-3.1 stretches the slow ones."""
+    pair = torch.arange(0, config.head_size, 2, dtype=torch.float32, device=device)
+    freq = config.rope_theta ** (-pair / config.head_size)
+    if s := config.rope_scaling:
+        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)  # in pre-training's context
+        slow, fast = s["low_freq_factor"], s["high_freq_factor"]
+        keep = ((turns - slow) / (fast - slow)).clamp(0, 1)  # 1: fast, as it was; 0: slow, stretched
+        freq = freq * keep + freq / s["factor"] * (1 - keep)
+    return torch.cat((-freq, freq))  # see dice.rotate
 
 def random_weights(config: Config, seed: int):
     """Yields (name, tensor): random weights as GPT-2 draws them. They are normal(0, 0.02), smaller where a
@@ -564,6 +577,24 @@ def write_weights(directory: Path, config: Config, state):
     if len(shards) > 1:
         write_json(directory / "model.safetensors.index.json",
                    {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+
+# ---------------------------------------------------------------------------------------- CUDA
+def has_varlen_kernel(config, device, dtype):
+    """Does Flash attention 2 run here, which reads of each row only as much of the cache as it fills?"""
+    if torch.device(device).type != "cuda" or dtype != torch.bfloat16 or torch.version.hip:
+        return False
+    D, recent = config.head_size, torch.cuda.get_device_capability(device) >= (8, 0)
+    return recent and D % 8 == 0 and D <= 256
+
+def capture_cuda_graph(fn, device, graphs):
+    """fn() on a GPU as a graph to replay(). fn must read and write the same memory in every call."""
+    # Nothing is computed here. The kernels that fn launches are recorded, with the addresses they work on.
+    # What fn makes in between shares its memory with the other graphs. Only one of them runs at a time.
+    pool = next(iter(graphs.values())).pool() if graphs else None
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+        fn()
+    return graph
 
 # ---------------------------------------------------------------------------------------- placement
 def prepare_training(model, settings, device):

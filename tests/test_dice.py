@@ -204,11 +204,28 @@ def test_varlen_attention_and_recorded_steps_draw_and_score_the_same(config, mon
     """The sampler takes CUDA's way: varlen attention, recorded steps of few sizes, a look now and then."""
     net, samples, streamed, arguments = network(config), random_samples(), [], dict(rows=9, stop_ids=range(7))
     drawn, scored = sample_all(net, PROMPTS, 4, **arguments), scores(net, samples, 200)
-    monkeypatch.setattr(dice, "has_varlen_kernel", lambda config, device, dtype: True)
-    monkeypatch.setattr(dice, "capture_cuda_graph", Recorded)
+    monkeypatch.setattr(models, "has_varlen_kernel", lambda config, device, dtype: True)
+    monkeypatch.setattr(models, "capture_cuda_graph", Recorded)
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", varlen_attention)
     assert sample_all(net, PROMPTS, 4, **arguments) == drawn
     assert scores(net, samples, 200) == pytest.approx(scored, abs=1e-4)
+    one = sample_all(net, PROMPTS[2:3], 1, **arguments, on_token=streamed.append)
+    assert one[0, 0] == drawn[2, 0] and streamed == one[0, 0][0]
+
+def test_a_row_with_a_larger_nucleus_than_a_graph_has_candidates_waits_and_draws_the_same(monkeypatch):
+    net, lacking, streamed, real = network(replace(LLAMA, vocab_size=3000)), [], [], dice.sample_token
+    arguments = dict(rows=9, stop_ids=range(100), top_p=0.65)  # the nucleus has about 1024 tokens
+    drawn = sample_all(net, PROMPTS, 4, **arguments)
+    def sample_token(*arguments):
+        lacking.append(float((real(*arguments) < 0).float().mean()))
+        return real(*arguments)
+    monkeypatch.setattr(dice, "sample_token", sample_token)
+    monkeypatch.setattr(models, "has_varlen_kernel", lambda config, device, dtype: True)
+    monkeypatch.setattr(models, "capture_cuda_graph", Recorded)
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", varlen_attention)
+    assert sample_all(net, PROMPTS, 4, **arguments) == drawn
+    assert 0 < sum(lacking) < sum(map(bool, lacking))  # some rows of a step, not all
+    assert not any(lacking[-20:])  # then there are more candidates
     one = sample_all(net, PROMPTS[2:3], 1, **arguments, on_token=streamed.append)
     assert one[0, 0] == drawn[2, 0] and streamed == one[0, 0][0]
 
@@ -223,12 +240,12 @@ class Launches(TorchDispatchMode):
 
 def test_a_step_on_a_gpu_waits_for_nothing_and_a_layer_launches_few_kernels(monkeypatch):
     """On the device "meta" there are shapes and no numbers: whoever asks for one fails."""
-    monkeypatch.setattr(dice, "has_varlen_kernel", lambda config, device, dtype: True)
+    monkeypatch.setattr(models, "has_varlen_kernel", lambda config, device, dtype: True)
     def launches(layers, top_p):
         with torch.device("meta"):
             net = dice.Transformer(replace(LLAMA3, layers=layers)).bfloat16()
         batch = dice.DecodingBatch(net, 8, 60, 30, dice.Sampling(0.9, top_p), [1, 2])
-        batch.request, batch.cache.longest = [(0, 0)] * 6, 5
+        batch.request, batch.cache.longest, batch.candidates = [(0, 0)] * 6, 5, 16
         batch.forward(8)
         with Launches() as counted:
             batch.forward(8)
@@ -247,22 +264,33 @@ def test_each_prompt_is_prefilled_once(monkeypatch):
     assert sum(rows for rows, width in seen if width > 1) == 3
     assert seen[-1][0] < 12  # rows that had ended no longer cost anything
 
-def test_a_token_is_drawn_from_the_distribution_and_from_its_nucleus():
-    def draw(row, temperature, top_p, count):
-        uniform = torch.rand(count, generator=torch.Generator().manual_seed(0))
-        return dice.sample_token(row.repeat(count, 1), uniform, dice.Sampling(temperature, top_p))
-    row, rng = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -30.0]), np.random.default_rng(0)
+def test_a_token_is_drawn_from_the_distribution():
+    row = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0, -30.0])
+    uniform = torch.rand(20000, generator=torch.Generator().manual_seed(0))
     for temperature in (1.0, 0.5):
-        share = torch.bincount(draw(row, temperature, 1.0, 20000), minlength=6) / 20000
-        same(share, (row / temperature).softmax(0), atol=0.012, rtol=0)
-    for top_p, size in ((0.1, 50), (0.5, 50), (0.9, 50), (0.99, 50), (0.9, 3000)):  # the last: above 64
-        row = torch.tensor(rng.normal(size=size) * (2 if size == 50 else 1), dtype=torch.float32)
-        probs, order = row.softmax(0).sort(descending=True)
-        nucleus = set(order[:int((probs.cumsum(0) < top_p).sum()) + 1].tolist())  # by definition
-        drawn = set(draw(row, 1.0, top_p, 4000).tolist())
-        assert drawn <= nucleus and len(drawn) >= 0.6 * len(nucleus)
+        drawn = dice.sample_token(row.repeat(20000, 1), uniform, dice.Sampling(temperature))
+        same(torch.bincount(drawn, minlength=6) / 20000, (row / temperature).softmax(0), atol=0.012, rtol=0)
     row, edge = torch.tensor([[-math.inf, 0.0, -math.inf]] * 2), torch.tensor([0.0, 1 - 2**-24])
     assert dice.sample_token(row, edge, dice.Sampling(1.0)).tolist() == [1, 1]
+
+@pytest.mark.parametrize("kind", ["flat", "random", "peaked", "ties", "equal"])
+def test_few_candidates_give_the_token_that_a_sort_gives_or_none(kind):
+    """The nucleus by definition. Of equally likely tokens any may be drawn: their order is not defined."""
+    generator = torch.Generator().manual_seed(0)
+    logits, uniform = torch.randn(100, 3000, generator=generator), torch.rand(100, generator=generator)
+    logits = {"flat": logits * 0.1, "random": logits, "ties": (logits * 2).round(), "equal": logits * 0,
+              "peaked": logits * torch.linspace(1, 9, 100)[:, None]}[kind]
+    for top_p in (0.3, 0.9, 0.99):
+        probs, order = logits.softmax(-1).sort(descending=True, stable=True)
+        inside = probs.cumsum(-1) - probs < top_p
+        cdf = probs.where(inside, 0).cumsum(-1)
+        place = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+        for candidates in (None, 16, 1024, 3000):
+            token = dice.sample_token(logits, uniform, dice.Sampling(1.0, top_p), candidates)[:, None]
+            found = (token >= 0)[:, 0]
+            assert (found == (inside.sum(-1) <= (candidates or 3000))).all()
+            same(logits.softmax(-1).gather(1, token.clamp(min=0))[found], probs.gather(1, place)[found])
+            assert kind in ("ties", "equal") or (token == order.gather(1, place))[found].all()
 
 @pytest.mark.parametrize("option, least", [("--temperature", 0), ("--top-p", TINIEST)])
 def test_6_the_least_values_of_a_draw_take_the_likeliest_token(option, least):
