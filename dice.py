@@ -123,7 +123,7 @@ class Settings:
     dpo_lr: float = base_option(5e-7, "learning rate of that DPO, after the warm-up", TINIEST)
     # rows, chunk, ..., save_steps: an answer depends on none of them, up to rounding.
     seed: int = base_option(0, "of all random numbers; changes results", 0, group="the machine")
-    device: str = machine_option("auto", "cpu, cuda, cuda:1, ...; auto: cuda if there is one")
+    device: str = machine_option("auto", "cpu, cuda, cuda:1, ..., mps; auto: cuda if there is one")
     dtype: str = option("auto", "of numbers; auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
     offload: str = machine_option("auto", "training state in main memory, not on the GPU; "
                                   "auto: if under 10 GB of it would be free", choices=("auto", "yes", "no"))
@@ -576,13 +576,12 @@ def accumulate(tokens, model, items, loss_fn, s):
     for group, weight in share(items, tokens):
         losses, stats = loss_fn(model, group, s)
         (losses.sum() * weight / len(items)).backward()  # adds to the gradient of the passes before
-        # In double precision, so that what is logged does not depend on the passes.
-        sums = torch.stack([values.detach().double().sum() for values in stats.values()]).tolist()
-        names = list(stats)
-        if weight:
-            totals.update(dict(zip(names, sums)))
+        # In double precision, so that what is logged does not depend on the passes. On the CPU, because not
+        # every device has it.
+        for name, values in stats.items():
+            totals[name] += values.detach().cpu().double().sum().item() if weight else 0
         del losses, stats  # else the graph of this pass is in memory while that of the next one is made
-    return dict(zip(names, sum_over_processes([totals[name] / len(items) for name in names])))
+    return dict(zip(totals, sum_over_processes([total / len(items) for total in totals.values()])))
 
 def fdpo_filter(run, s, t, policy_dir, prev_dir, model, epoch, pairs):
     """The pairs that fDPO keeps for this epoch. Filtered DPO, arXiv 2404.13846"""

@@ -18,7 +18,7 @@ import torch
 
 import model as models
 from data.files import InputError, read_json, require
-from data.processes import Interrupted, is_first, log_info, lost_contact, own_device
+from data.processes import Interrupted, is_first, log_info, lost_contact, nvidia_driver, own_device
 
 TINIEST = 1e-30  # as a least value: anything above 0 that float32 can divide by
 LARGEST = 10**18  # every integer below it, and the seed after it, has a place in 64 bits
@@ -275,10 +275,15 @@ def resolve(settings):
     for name in (s.model, s.reference):  # before it is downloaded
         shape = models.PRESETS[name].shape if name in models.PRESETS else None
         require(not shape or not shape.num_labels, f"{name}: is a reward model; give it to --reward")
-    require(re.fullmatch(r"auto|cpu|cuda(:\d+)?", s.device),
-            f"--device {s.device}: must be auto, cpu, cuda, or one GPU by its number, such as cuda:1")
+    require(re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", s.device),
+            f"--device {s.device}: must be auto, cpu, mps, cuda, or one GPU by its number, such as cuda:1")
     if s.device == "auto":
         s.device = "cuda" if torch.cuda.is_available() else "cpu"
+        driver = "" if s.device == "cuda" else nvidia_driver()
+        made_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+        require(not driver, f"--device auto: there is an NVIDIA GPU (driver {driver}), but torch "
+                f"{torch.__version__}, made for {made_for}, cannot use it; update the driver (CUDA 13 needs 580 "
+                "or later), install a torch that fits the driver, or give --device cpu to run on the CPU")
     if s.dtype == "auto":
         s.dtype = "bfloat16" if s.device.startswith("cuda") else "float32"
     try:

@@ -3,7 +3,9 @@ the same directory of the run. Each does its share of the work. The first one wr
 import gc
 import io
 import os
+import re
 import signal
+import subprocess
 import sys
 from contextlib import contextmanager
 from datetime import timedelta
@@ -35,13 +37,33 @@ def join_processes(device):
         torch.backends.cuda.enable_cudnn_sdp(False)  # use Flash: cuDNN makes a new plan for each shape
     return device
 
+def nvidia_driver():
+    """Version of the driver of an NVIDIA GPU; "" if there is no GPU, or if CUDA_VISIBLE_DEVICES hides it."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1"):
+        return ""
+    text, there = "", Path("/dev/nvidia0").exists()
+    try:
+        if there:
+            text = Path("/proc/driver/nvidia/version").read_text()
+        else:  # under WSL, or a GPU with another number
+            ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            text = subprocess.run(ask, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):  # no such file or program, or it finds no GPU
+        pass
+    version = re.search(r"\d+\.\d+(\.\d+)?", text)
+    return version[0] if version else "of unknown version" if there else ""
+
+def cgroup(name):
+    """The text of a file of this process' cgroup, which limits what a container may use."""
+    group = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
+    return Path(f"/sys/fs/cgroup{group}/{name}").read_text()
+
 def usable_cores():
     """How many cores this process may use, by its affinity and the quota of its cgroup. torch takes all cores
     of the machine; more threads than cores wait for each other in every small product."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
-        group = Path("/proc/self/cgroup").read_text().split("::")[1].strip()
-        quota, period = Path(f"/sys/fs/cgroup{group}/cpu.max").read_text().split()
+        quota, period = cgroup("cpu.max").split()
         return max(1, min(cores, int(quota) // int(period)))
     except (OSError, ValueError, IndexError):  # no such file, or "max": no quota
         return cores

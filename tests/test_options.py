@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import torch
 from test_dice import parsed
 
 import dice
@@ -102,10 +103,41 @@ def test_auto_is_decided_once_and_10_alpha_has_one_spelling():
         with pytest.raises(InputError, match=f"--alpha {bad}: must be auto"):
             parsed(f"--alpha={bad}")
 
-@pytest.mark.parametrize("device", ["abacus", "meta", "cpu:0", "cuda:x", "cuda:99", "cuda:-1"])
+@pytest.mark.parametrize("device", ["abacus", "meta", "cpu:0", "mps", "cuda:x", "cuda:99", "cuda:-1"])
 def test_16_a_device_that_no_run_can_use_is_refused(device):
     with pytest.raises(InputError, match=f"--device {device}: "):
         parsed("--device", device)
+
+@pytest.mark.parametrize("node, version, told", [
+    (True, "NVRM version: NVIDIA UNIX Kernel Module  550.54.15  Tue Mar", r"driver 550\.54\.15"),
+    (True, None, "driver of unknown version"), (False, "535.129.03", r"driver 535\.129\.03"),
+    (False, None, None)])  # no GPU at all
+def test_14_a_gpu_that_torch_cannot_use_is_named_and_not_silently_the_cpu(node, version, told, monkeypatch):
+    """Its driver is read from a file, or asked of nvidia-smi where there is no /dev/nvidia0."""
+    exists, read = Path.exists, Path.read_text
+    def text_of(path):
+        if str(path) == "/proc/driver/nvidia/version" and not version:
+            raise FileNotFoundError(path)
+        return version if str(path) == "/proc/driver/nvidia/version" else read(path)
+    def nvidia_smi(command, **about):
+        if not version:
+            raise FileNotFoundError(command)
+        return subprocess.CompletedProcess(command, 0, version + "\n")
+    monkeypatch.setattr(Path, "exists", lambda path: node if str(path) == "/dev/nvidia0" else exists(path))
+    monkeypatch.setattr(Path, "read_text", text_of)
+    monkeypatch.setattr(subprocess, "run", nvidia_smi)
+    def resolved(device="auto"):
+        return parsed("--model", "gpt2", "--device", device)
+    assert resolved().device == "cpu"  # CUDA_VISIBLE_DEVICES hides it, as for this whole suite
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    if told:
+        with pytest.raises(InputError, match=f"{told}.*CUDA 13.0, cannot use it.*--device cpu"):
+            resolved()
+        monkeypatch.setattr(torch.version, "cuda", None)
+        with pytest.raises(InputError, match="made for CPUs only"):
+            resolved()
+    assert resolved("cpu" if told else "auto").device == parsed().device == "cpu"
 
 def test_16_every_number_of_the_command_line_has_a_largest_value_that_torch_and_numpy_bear():
     for name, about in options.all_options(dice.Settings).items():
