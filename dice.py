@@ -54,7 +54,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import model as models
-from data import jsonl, options, plan, report, reward_model, runs, tiny
+from data import jsonl, memory, options, plan, report, reward_model, runs, tiny
 from data.files import require
 from data.options import TINIEST, option
 from data.processes import batches, log_info, share, sum_over_processes
@@ -125,8 +125,8 @@ class Settings:
     seed: int = base_option(0, "of all random numbers; changes results", 0, group="the machine")
     device: str = machine_option("auto", "cpu, cuda, cuda:1, ..., mps; auto: cuda if there is one")
     dtype: str = option("auto", "of numbers; auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
-    offload: str = machine_option("auto", "training state in main memory, not on the GPU; "
-                                  "auto: if under 10 GB of it would be free", choices=("auto", "yes", "no"))
+    offload: str = machine_option("auto", "what of the training's state is in main memory; auto: what must be",
+                                  choices=("auto", "no", "moments", "all"))
     recompute: str = machine_option("auto", "compute activations again in the backward pass, to keep none; "
                                     "auto: above 1e9 parameters", choices=("auto", "yes", "no"))
     rows: int = machine_option(256, "answers drawn at once; for speed and memory", 1)
@@ -524,7 +524,7 @@ def train(run, s, model_dir, items, loss_fn, *, lr, steps, epochs, batch, cosine
     # model. Then train begins again from the last state.
     model = run.load(model_dir, train=True)
     weights = trainable(model)
-    optimizer = torch.optim.AdamW(weights.values(), lr=lr, weight_decay=0.0, fused=True)
+    optimizer = memory.AdamW(weights.values(), s.offload == "moments", lr=lr, weight_decay=0.0, fused=True)
     steps = min(steps, math.ceil(epochs * len(items) / batch))
     # The order depends on the seed and the stage alone: a training that goes on sees the same batches.
     rng = np.random.default_rng([s.seed, *run.stage_name.encode()])

@@ -600,7 +600,7 @@ def capture_cuda_graph(fn, device, graphs):
 def prepare_training(model, settings, device):
     """Place a model that is on the CPU for training on this process' device, in place, and return it."""
     count = sum(p.numel() for p in model.parameters())
-    if settings.dtype == "float32" and world() == 1 and not offloads(settings, count, device):
+    if settings.dtype == "float32" and world() == 1 and settings.offload != "all":
         model.to(device)
     else:
         shard(model, settings, device)
@@ -618,7 +618,7 @@ def shard(model, settings, device):
     dtype = getattr(torch, settings.dtype)
     options = {"mesh": init_device_mesh(torch.device(device).type, (world(),)),
                "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)}
-    if offloads(settings, sum(p.numel() for p in model.parameters()), device):
+    if settings.offload == "all":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.startswith("cuda"))
     units = [*model.layers, model]  # a unit is gathered at once
     if model.head is not None:  # the embedding is a unit of its own, unless it is the head as well
@@ -626,13 +626,6 @@ def shard(model, settings, device):
     for unit in units:
         fully_shard(unit.float(), **options)
     model.sharded = torch.device(device), dtype
-
-def offloads(settings, count, device):
-    """Is the state of training `count` parameters kept in main memory? It takes 16 bytes each: float32
-    weight, gradient, two moments. auto: yes, if it would leave less than 10 GB of a GPU for activations."""
-    if settings.offload != "auto" or not device.startswith("cuda"):
-        return settings.offload == "yes"
-    return 16 * count / world() + 10e9 > torch.cuda.get_device_properties(device).total_memory
 
 def full_tensor(tensor):
     """All of a tensor that may be sharded. Every process must call it."""

@@ -282,8 +282,8 @@ def resolve(settings):
         driver = "" if s.device == "cuda" else nvidia_driver()
         made_for = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
         require(not driver, f"--device auto: there is an NVIDIA GPU (driver {driver}), but torch "
-                f"{torch.__version__}, made for {made_for}, cannot use it; update the driver (CUDA 13 needs 580 "
-                "or later), install a torch that fits the driver, or give --device cpu to run on the CPU")
+                f"{torch.__version__}, made for {made_for}, cannot use it; update the driver (CUDA 13 needs "
+                "580), install a torch that fits the driver, or give --device cpu to run on the CPU")
     if s.dtype == "auto":
         s.dtype = "bfloat16" if s.device.startswith("cuda") else "float32"
     try:

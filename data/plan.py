@@ -9,13 +9,17 @@ from pathlib import Path
 import torch
 
 import model as models
+from data import memory
 from data.files import require
 from data.processes import log_info, rank, world
 from data.runs import free_last_model
 
 def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
-    """Print stages, hours, disk and memory of a run; write nothing. InputError if the disk is too small."""
+    """Print stages, hours, disk and memory of a run; write nothing. InputError if the disk is too small, or
+    main memory for the training."""
     s, c = run.settings, run.config
+    s.offload, needed = memory.choose_offload(s, c, run.device)
+    machine = memory.machine(s, run.device, needed)
     rounds = [(s.of_round(t), prompts_of_round(run, t)) for t in range(1, s.rounds + 1)]
     count, sampling, scoring = measure(run, new_model, generate, score, make_sample)
     # Mean tokens of a prompt and of an answer. Without offline answers: half of the longest.
@@ -41,15 +45,16 @@ def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
     capacity = min(c.context, prompt + s.sampling.max_new_tokens)
     cache = 2 * s.rows * capacity * c.layers * c.kv_heads * c.head_size
     need = {"sampling": (count + cache) * size, "scoring": count * size, "training": 16 * count / world()}
-    if models.offloads(s, count, run.device):
-        need["training"] = count * size / c.layers  # a layer at a time; the rest is in main memory
+    if s.device.startswith("cuda"):
+        need["training"] = memory.OFFLOAD[s.offload][0] * count / world()
     free_last_model()
-    have = torch.cuda.mem_get_info(run.device)[0] if s.device.startswith("cuda") else free_memory()
+    have = torch.cuda.mem_get_info(run.device)[0] if s.device.startswith("cuda") else memory.free_memory()
     enough = "" if max(need.values()) < have else ": TOO LITTLE"
     times = ", ".join(f"{what} {spoken(h)}" for what, h in hours.items())
     needs = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in need.items())
     if rank() == 0:
         print(f"""plan for {run.out}; nothing was written
+machine  {machine}
 data     {len(run.offline)} offline pairs and {len(run.held_out)} held out
 prompts  {len(run.prompts)} of {prompt:.0f} tokens; {drawn} samples in all
 policy   {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}
@@ -92,11 +97,3 @@ def measure(run, new_model, generate, score, make_sample):
         read = sum(len(x.tokens) for x in samples) + sum(map(len, {tuple(x.prompt.ids) for x in samples}))
         per_read = (time.perf_counter() - started) / read
     return count, per_sampled, per_read
-
-def free_memory():
-    """Bytes of main memory that are available."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):  # not Linux: all there is
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 import model as models
-from data import files
+from data import files, memory
 from data.files import InputError, require
 from data.options import all_options, as_dict, flag
 from data.processes import (
@@ -67,9 +67,12 @@ class Run:
         self.stage_name = ""
 
     def __enter__(self):
+        s = self.settings
+        s.offload, needed = memory.choose_offload(s, self.config, self.device)  # before hours of sampling
         with ExitStack() as stack:  # an error here unlocks the directory again
             if rank() == 0:
                 self.claim(stack)
+                log_info(memory.machine(s, self.device, needed))
                 files.whole_rows(self.out / "timing.jsonl")  # removes a line that was cut short
                 files.whole_rows(self.out / "metrics.jsonl")
             barrier()
@@ -405,7 +408,7 @@ class Run:
 
 def state_of(p, optimizer):
     """A parameter and AdamW's moments of it: this process' shards."""
-    moments = {key: models.local_shard(optimizer.state[p][key]) for key in ("exp_avg", "exp_avg_sq")}
+    moments = {key: models.local_shard(optimizer.state[p][key]) for key in memory.MOMENTS}
     return {"weight": models.local_shard(p), **moments}
 
 def hash_of(items):

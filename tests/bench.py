@@ -47,7 +47,7 @@ import torch
 
 import dice
 import model as models
-from data import processes, runs, tiny
+from data import memory, processes, runs, tiny
 
 # Lengths of prompts, answers and pairs; numbers of prompts to sample for (ours, theirs) and to score; pairs
 SMALL = dict(prompt=(20, 200), mean=100, limit=512, rows=10**6, pair=((20, 80), (10, 400)))
@@ -128,10 +128,12 @@ def training_result(config, pairs, loss):
             "note": f"loss {loss:.4f}"}
 
 # ------------- Our side. Each function loads what it needs and returns a function that does the work once.
-def our_settings(args):
+def our_settings(args, config):
     preset = models.PRESETS[args.model_shape].settings if args.model_shape in models.PRESETS else {}
     passes = {key: preset[key] for key in ("score_tokens", "train_tokens") if key in preset}
-    return dice.Settings(device=args.device, dtype=name_of(dtype_of(args)), batch=BATCH, **passes)
+    s = dice.Settings(device=args.device, dtype=name_of(dtype_of(args)), batch=BATCH, **passes)
+    s.offload, _ = memory.choose_offload(s, config, args.device)
+    return s
 
 def our_samples(rows):
     return [dice.Sample(dice.Prompt("", p), a, "") for p, a in rows]
@@ -165,11 +167,11 @@ def our_standard(args, config, sizes):
 
 def our_scoring(args, config, sizes):
     net, rows = dice.load_model(args.weights, args.device, dtype_of(args)), answers_of(config, sizes)
-    tokens = our_settings(args).score_tokens
+    tokens = our_settings(args, config).score_tokens
     return lambda: scoring_result(config, rows, [x for _, x in dice.score(net, our_samples(rows), tokens)])
 
 def our_training(args, config, sizes):
-    s, rows, log = our_settings(args), pairs_of(config, sizes), []
+    s, rows, log = our_settings(args, config), pairs_of(config, sizes), []
     net = models.prepare_training(dice.load_model(args.weights, "cpu", dtype_of(args)), s, args.device)
     run = runs.Run(s, {})  # nothing is written: one network, and its rows in memory
     run.stage_name, run.load, run.log = "dpo", lambda *_, **__: net, log.append

@@ -14,7 +14,7 @@ from test_runs import moved
 
 import dice
 import model as models
-from data import files, tiny
+from data import files, memory, tiny
 from model import Config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -97,13 +97,13 @@ def test_log_probs_are_those_of_float32_logits():
 def test_training_follows_float32_wherever_its_state_is(tmp_path):
     pairs = random_pairs(network(LLAMA), 64)
     exact, _ = moved(tmp_path, pairs)
-    for offload in ("no", "yes"):
+    for offload in memory.OFFLOAD:
         close, _ = moved(tmp_path, pairs, dtype="bfloat16", sharded=True, recompute=True, offload=offload,
                          device="cuda")
         assert float((close - exact).norm() / exact.norm()) < 0.03, offload
 
 @pytest.mark.parametrize("processes", [0, torch.cuda.device_count()])
-@pytest.mark.parametrize("offload", ["no", "yes"])
+@pytest.mark.parametrize("offload", memory.OFFLOAD)
 def test_a_run_from_a_name_to_its_last_checkpoint(processes, offload, tmp_path):
     """Without torchrun, and with a process for each GPU."""
     files.write_rows(tmp_path / "pairs.jsonl", tiny.preferences(0)[:200])

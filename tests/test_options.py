@@ -173,7 +173,7 @@ def differences(old, **changes):
 def test_10_the_identity_of_a_run_leaves_out_the_machine_and_takes_defaults_for_what_is_absent():
     now = options.as_dict(parsed())
     machine = dict(rows=1, chunk=1, score_tokens=1, train_tokens=1, save_steps=1, rounds=9, device="cuda",
-                   out="a", offload="yes", recompute="yes")
+                   out="a", offload="all", recompute="yes")
     assert differences(now, **machine) == [] == differences(now)
     absent = {name: now[name] for name in now if name not in ("gamma", "reward", "rows", "start_from")}
     assert differences(absent) == [] and differences(absent, gamma=0.4) == ["--gamma 0.5, now 0.4"]

@@ -128,7 +128,7 @@ def test_killed_at_any_moment_it_ends_as_if_left_alone(alone, tmp_path):
 def test_ctrl_c_and_sigterm_stop_at_a_safe_point(number, moment, alone, tmp_path, monkeypatch, capsys):
     log, draw, chunks, run = dice.Run.log, dice.draw_answers, [], before("round-1", alone, tmp_path)
     def stop_in_training(self, row):
-        if row["stage"] == "round-1" and row.get("step") == 2:
+        if row["stage"] == "round-1" and row.get("step") in (2, 5):
             os.kill(os.getpid(), number)
         log(self, row)
     def stop_in_sampling(*args, **about):
@@ -141,11 +141,12 @@ def test_ctrl_c_and_sigterm_stop_at_a_safe_point(number, moment, alone, tmp_path
             patch.setattr(dice.Run, "log", stop_in_training)
         else:
             patch.setattr(dice, "draw_answers", stop_in_sampling)
-        assert small(tmp_path) == 130
+        for _ in range(2 if moment == "training" else 1):  # from a state to a state, with moments that travel
+            assert small(tmp_path, "--offload", "moments") == 130
     assert "the same command goes on from there" in capsys.readouterr().err
     assert signal.getsignal(number) not in (None, signal.SIG_IGN) and not processes.STOP
     left = {path.name for path in (run / "partial").iterdir()}  # the state after the step it was stopped in
-    assert ("round-1.2.0-of-1" if moment == "training" else "round-1-samples.0.jsonl") in left
+    assert ("round-1.5.0-of-1" if moment == "training" else "round-1-samples.0.jsonl") in left
     assert small(tmp_path) == 0 and differences(alone, run) == []
 
 def test_1_10_fdpo_killed_after_round_1_keeps_the_same_pairs_in_round_2(
@@ -338,7 +339,9 @@ def test_d15_closed_streams_and_a_reader_that_has_gone(alone, tmp_path):
     argv = [sys.executable, kill.DICE, *ARGV, "--device", "cpu", "--out"]
     gone = subprocess.Popen([*argv, "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     gone.stdout.close()
-    assert gone.stderr.read() == b"run: goes on where it stopped\n" and gone.wait() == 141
+    told = gone.stderr.read().decode()
+    assert told.startswith("run: goes on where it stopped\n1 x cpu, 1 threads; float32; training takes ")
+    assert told.count("\n") == 2 and gone.wait() == 141
     closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "", *argv, "new", "--prompts", "nowhere"]
     assert subprocess.run(closed, cwd=tmp_path).returncode == 2 and not (tmp_path / "new").exists()
 
@@ -661,9 +664,10 @@ def test_bfloat16_arithmetic_with_float32_masters_follows_float32_training(tmp_p
     pairs = random_pairs(network(LLAMA), 64)
     for config in (LLAMA, replace(LLAMA, tied=True)):
         plain, _ = moved(tmp_path, pairs, 5, config=config)
-        for way in ({"recompute": True}, {"sharded": True}, {"sharded": True, "offload": "yes"}):
+        for way in ({"recompute": True}, {"sharded": True}, {"sharded": True, "offload": "all"},
+                    {"offload": "moments"}, {"sharded": True, "offload": "moments"}):
             other, _ = moved(tmp_path, pairs, 5, config=config, **way)
-            torch.testing.assert_close(other, plain, atol=1e-7, rtol=0)
+            assert torch.equal(other, plain), way
     exact, rows = moved(tmp_path, pairs)
     close, close_rows = moved(tmp_path, pairs, dtype="bfloat16", sharded=True, recompute=True)
     assert float((close - exact).norm() / exact.norm()) < 0.03

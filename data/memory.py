@@ -1,0 +1,100 @@
+"""Memory: where the state of training is, and what fits."""
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from data.files import InputError
+from data.processes import any_process, cgroup, world
+from model import local_shard, parameter_shapes
+
+# Training takes 16 bytes for each parameter: weight, gradient and AdamW's two moments, in float32. --offload
+# says what of this is in main memory: (bytes that are left on the GPU, in words). Later ones are slower.
+OFFLOAD = {"no": (16, "the state of training is on the GPU"), "moments": (8, "AdamW's moments are there"),
+           "all": (0, "weights, gradients and AdamW's moments are there")}
+MOMENTS = "exp_avg", "exp_avg_sq"
+
+def choose_offload(settings, config, device):
+    """(what to offload, bytes of main memory for it): of "auto" the first that leaves 10 GB of the GPU for
+    activations, and fits into the main memory that is free. InputError if none does."""
+    count = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    free, needs = free_memory(), {}
+    for way, (on_gpu, _) in OFFLOAD.items():
+        fits = way == "no"
+        if device.startswith("cuda"):
+            card = torch.cuda.get_device_properties(device).total_memory
+            fits = way == "all" or on_gpu * count / world() + 10e9 <= card
+        if settings.offload == way or (settings.offload == "auto" and fits):
+            needs[way] = main_memory(settings, config, device, way)
+        if not any_process(needs.get(way, math.inf) > free):  # all processes decide the same
+            return way, needs[way]
+    asked = ", ".join(f"{need / 1e9:.1f} GB with --offload {way}" for way, need in needs.items())
+    raise InputError(f"to train {count / 1e6:.0f} million parameters takes main memory: {asked}; "
+                     f"{free / 1e9:.1f} GB are free. Free some, or take a larger machine or more GPUs")
+
+def main_memory(settings, config, device, way):
+    """Bytes of main memory that the processes of this machine take to train, at most."""
+    sizes = [math.prod(shape) / world() for shape in parameter_shapes(config).values()]
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if not device.startswith("cuda"):
+        return processes * 16 * sum(sizes)
+    # torch rounds pinned memory, which a GPU copies fast, up to a power of two for each tensor. Moments alone
+    # are pinned. If all is offloaded, weights and gradients are.
+    pinned = sum(2 ** math.ceil(math.log2(4 * size)) for size in sizes)
+    kept = {"no": 0, "moments": 2 * pinned, "all": 2 * pinned + 8 * sum(sizes)}[way]
+    # A model is read in main memory before it is placed, and put together there to be saved.
+    return processes * (kept + getattr(torch, settings.dtype).itemsize * sum(sizes) * world())
+
+def free_memory():
+    """Bytes of main memory that this process may still take, by the machine and the limit of its cgroup."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # not Linux: all there is
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        # What the kernel keeps of files that were read counts as used, but is freed when memory is needed.
+        files = re.search(r"^inactive_file (\d+)", cgroup("memory.stat"), re.MULTILINE)
+        return min(free, int(cgroup("memory.max")) - int(cgroup("memory.current")) + int(files[1]))
+    except (OSError, ValueError, IndexError, TypeError):  # no such file, or "max": no limit
+        return free
+
+def machine(settings, device, needed):
+    """One line: the device, its memory, the dtype, and what training needs of main memory."""
+    s, name, place = settings, f"{torch.get_num_threads()} threads", ""
+    if s.device.startswith("cuda"):
+        about = torch.cuda.get_device_properties(device)
+        name = f"{about.name}, {about.total_memory / 1e9:.1f} GB"
+        place = f" (--offload {s.offload}: {OFFLOAD[s.offload][1]})"
+    return (f"{world()} x {s.device}, {name}; {s.dtype}; training takes at most {needed / 1e9:.1f} of "
+            f"{free_memory() / 1e9:.1f} GB of main memory{place}")
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW. If its moments are offloaded, they are in main memory. Those of one parameter after the
+    other come to the GPU in a step, and go back."""
+    def __init__(self, weights, offload, **options):
+        super().__init__(weights, **options)
+        self.offload = offload
+
+    @torch.no_grad()
+    def step(self):
+        if not self.offload:
+            return super().step()
+        [group] = self.param_groups
+        weights = group["params"]
+        for p in weights:
+            group["params"], state = [p], self.state[p]  # torch's step sees this one alone
+            kept = {key: state[key] for key in MOMENTS if state}
+            for key, moment in kept.items():
+                state[key] = torch.empty_like(p)
+                local_shard(state[key]).copy_(moment)
+            super().step()
+            if not kept:  # after the first step
+                on_gpu = local_shard(p).is_cuda
+                kept = {key: torch.empty(local_shard(p).shape, pin_memory=on_gpu) for key in MOMENTS}
+            for key, moment in kept.items():
+                moment.copy_(local_shard(state[key]))
+                state[key] = moment
+        group["params"] = weights

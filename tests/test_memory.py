@@ -1,0 +1,44 @@
+"""data/memory.py: what is kept in main memory, and what fits."""
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from test_dice import settings
+
+import model as models
+from data import memory
+from data.files import InputError
+
+@pytest.mark.parametrize("offload, card, free, way, gigabytes", [
+    ("auto", 200e9, 17e9, "no", 16.1), ("auto", 85e9, 90e9, "moments", 89), ("auto", 24e9, 160e9, "all", 153),
+    ("no", 24e9, 17e9, "no", 16.1), ("all", 200e9, 160e9, "all", 153), ("moments", 24e9, 90e9, "moments", 89),
+    ("auto", 200e9, 16e9, None, "16.1 GB with --offload no, 89.* all; 16.0 GB are free"),
+    ("auto", 85e9, 80e9, None, "memory: 89.. GB with --offload moments, 153.* all; 80.0"),
+    ("all", 85e9, 90e9, None, "memory: 153.. GB with --offload all; 90.0")])
+def test_14_the_state_of_training_is_where_it_fits(offload, card, free, way, gigabytes, monkeypatch):
+    """Of Llama-3 8B in bfloat16, which is read (16 GB) beside what stays in main memory: 2 x 36.5 GB, pinned,
+    and 64 GB."""
+    about, config = types.SimpleNamespace(total_memory=card), models.PRESETS["llama3-8b"].shape
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(memory, "free_memory", lambda: free)
+    if way:
+        found, needed = memory.choose_offload(settings(dtype="bfloat16", offload=offload), config, "cuda:0")
+        assert found == way and needed / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    else:
+        with pytest.raises(InputError, match=gigabytes):
+            memory.choose_offload(settings(dtype="bfloat16", offload=offload), config, "cuda:0")
+    monkeypatch.setattr(memory, "free_memory", lambda: 128e9)
+    with pytest.raises(InputError, match="8030 million .* 128.5 GB with --offload no"):  # on the CPU itself
+        memory.choose_offload(settings(offload="no"), config, "cpu")
+    monkeypatch.setattr(memory, "free_memory", lambda: 129e9)
+    assert memory.choose_offload(settings(offload="auto"), config, "cpu") == ("no", 8030261248 * 16)
+
+@pytest.mark.parametrize("limit, free", [("900000", 500_000), ("9000000", 1_024_000), ("max", 1_024_000)])
+def test_14_free_memory_is_that_of_the_machine_and_of_the_cgroup(limit, free, monkeypatch):
+    """What the cgroup uses is 500,000 bytes, of which 100,000 are files that were read."""
+    texts = {"/proc/self/cgroup": "0::/group\n", "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 1000 kB\n",
+             "memory.max": limit, "memory.current": "500000", "memory.stat": "file 9\ninactive_file 100000\n"}
+    found = {str(Path("/sys/fs/cgroup/group", name)): text for name, text in texts.items()}
+    monkeypatch.setattr(Path, "read_text", lambda path: found[str(path)])
+    assert memory.free_memory() == free
