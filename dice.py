@@ -573,7 +573,9 @@ def accumulate(tokens, model, items, loss_fn, s):
     model.zero_grad(set_to_none=True)
     # share: the passes of this process. The weight is the number of processes, as FSDP takes the mean over
     # them; or 0, if this process has nothing left but must take part.
-    for group, weight in share(items, tokens):
+    passes = share(items, tokens)
+    for i, (group, weight) in enumerate(passes, 1):
+        models.before_pass(model, last=i == len(passes))
         losses, stats = loss_fn(model, group, s)
         (losses.sum() * weight / len(items)).backward()  # adds to the gradient of the passes before
         # In double precision, so that what is logged does not depend on the passes. On the CPU, because not
@@ -772,7 +774,7 @@ class Transformer(nn.Module):
         if config.num_labels or not config.tied:
             self.head = nn.Linear(config.width, config.num_labels or config.vocab_size, bias=False)
         self.recompute = False  # activation checkpointing, layer by layer
-        self.sharded = None  # (device, dtype) of the arithmetic, if model.py has sharded the weights
+        self.sharded = None  # (device, dtype, gathers_once), if model.py has sharded the weights
 
     # Of a sharded model: where and in what it computes, not where its weights are.
     device = property(lambda self: self.sharded[0] if self.sharded else self.embed.weight.device)

@@ -597,6 +597,11 @@ def capture_cuda_graph(fn, device, graphs):
     return graph
 
 # ---------------------------------------------------------------------------------------- placement
+# Training takes 16 bytes for each parameter: weight, gradient and AdamW's two moments, in float32. --offload
+# says what of this is in main memory: (bytes that are left on the GPU, in words). Later ones are slower.
+OFFLOAD = {"no": (16, "the state of training is on the GPU"), "moments": (8, "AdamW's moments are there"),
+           "all": (0, "weights, gradients and AdamW's moments are there")}
+
 def prepare_training(model, settings, device):
     """Place a model that is on the CPU for training on this process' device, in place, and return it."""
     count = sum(p.numel() for p in model.parameters())
@@ -612,12 +617,15 @@ def shard(model, settings, device):
 
     Each process keeps its part of every weight in float32 (one process alone: all of it), because steps of
     5e-7 would be lost in the rounding of bfloat16 weights. For each layer in turn the parts are gathered into
-    a copy in the dtype of the arithmetic, which is freed after use. Gradients are summed in float32."""
+    a copy in the dtype of the arithmetic, which is freed after use. Gradients are summed in float32. Copies
+    and gradients stay between the passes of a step, if memory allows it: see before_pass()."""
     if not dist.is_initialized():
         dist.init_process_group(backend_for(device), store=dist.HashStore(), rank=0, world_size=1)
     dtype = getattr(torch, settings.dtype)
+    once = gathers_once(settings, sum(p.numel() for p in model.parameters()), device)
     options = {"mesh": init_device_mesh(torch.device(device).type, (world(),)),
-               "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)}
+               "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
+               "reshard_after_forward": False if once else None}
     if settings.offload == "all":
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=device.startswith("cuda"))
     units = [*model.layers, model]  # a unit is gathered at once
@@ -625,7 +633,24 @@ def shard(model, settings, device):
         units.insert(0, model.embed)
     for unit in units:
         fully_shard(unit.float(), **options)
-    model.sharded = torch.device(device), dtype
+    model.sharded = torch.device(device), dtype, once
+
+def gathers_once(settings, count, device):
+    """Are the weights gathered, and the gradients given back, once a step and not in every pass? That takes
+    a whole copy of `count` weights, and of the sums of their gradients, on the device of each process."""
+    if not device.startswith("cuda"):
+        return settings.offload == "all"
+    if world() == 1 and settings.offload != "all":  # nothing travels to another device
+        return False
+    state, copies = OFFLOAD[settings.offload][0] / world(), getattr(torch, settings.dtype).itemsize + 4
+    return (state + copies) * count + 10e9 <= torch.cuda.get_device_properties(device).total_memory
+
+def before_pass(model, last):
+    """Call it before each pass of a training step. If weights are gathered once a step, gradients are given
+    back, and the copies of the weights freed, in the backward pass of the last one only."""
+    if model.sharded and model.sharded[2]:
+        model.set_requires_gradient_sync(last)
+        model.set_reshard_after_backward(last)
 
 def full_tensor(tensor):
     """All of a tensor that may be sharded. Every process must call it."""

@@ -8,12 +8,8 @@ import torch
 
 from data.files import InputError
 from data.processes import any_process, cgroup, world
-from model import local_shard, parameter_shapes
+from model import OFFLOAD, local_shard, parameter_shapes
 
-# Training takes 16 bytes for each parameter: weight, gradient and AdamW's two moments, in float32. --offload
-# says what of this is in main memory: (bytes that are left on the GPU, in words). Later ones are slower.
-OFFLOAD = {"no": (16, "the state of training is on the GPU"), "moments": (8, "AdamW's moments are there"),
-           "all": (0, "weights, gradients and AdamW's moments are there")}
 MOMENTS = "exp_avg", "exp_avg_sq"
 
 def choose_offload(settings, config, device):

@@ -46,7 +46,8 @@ def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
     cache = 2 * s.rows * capacity * c.layers * c.kv_heads * c.head_size
     need = {"sampling": (count + cache) * size, "scoring": count * size, "training": 16 * count / world()}
     if s.device.startswith("cuda"):
-        need["training"] = memory.OFFLOAD[s.offload][0] * count / world()
+        copies = (size + 4) * count if models.gathers_once(s, count, run.device) else 0
+        need["training"] = models.OFFLOAD[s.offload][0] * count / world() + copies
     free_last_model()
     have = torch.cuda.mem_get_info(run.device)[0] if s.device.startswith("cuda") else memory.free_memory()
     enough = "" if max(need.values()) < have else ": TOO LITTLE"

@@ -44,6 +44,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 import dice
 import model as models
@@ -180,8 +181,9 @@ def our_training(args, config, sizes):
         samples = our_samples([(p, a) for p, *both in rows for a in both])
         for i, logprob in dice.score(net, samples, s.score_tokens):
             samples[i].logprob = logprob
-        if net.sharded:
-            net.reshard()  # after a pass without gradients FSDP leaves the head as it was for that
+        for unit in net.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()  # after a pass without gradients FSDP leaves weights as they were for that
         pairs = [dice.Pair(*both, "replayed") for both in zip(samples[::2], samples[1::2])]
         dice.train(run, s, "", pairs, dice.preference_loss, lr=1e-7, steps=len(pairs), epochs=1, batch=BATCH)
         return training_result(config, rows, log[-1]["loss"])

@@ -498,13 +498,25 @@ def test_placement_for_training(no_processes, config, dtype, offload):
     assert net.sharded is None
     assert model.prepare_training(net, settings(dtype, offload, "yes"), "cpu") is net and net.recompute
     one_copy = (dtype, offload) == ("float32", "no")  # nothing to shard
-    assert net.sharded == (None if one_copy else (torch.device("cpu"), getattr(torch, dtype)))
+    where = torch.device("cpu"), getattr(torch, dtype), offload == "all"
+    assert net.sharded == (None if one_copy else where)
     assert torch.distributed.is_initialized() != one_copy
     for (name, p), before in zip(net.named_parameters(), plain.parameters()):
         assert p.dtype == torch.float32 and torch.equal(model.full_tensor(p), before.float()), name
         assert torch.equal(model.local_shard(p), before.float())  # of one process
     net(torch.tensor([[5, 6, 7]])).float().sum().backward()
     assert all(p.grad.dtype == torch.float32 for p in net.parameters() if p.grad is not None)
+
+@pytest.mark.parametrize("processes, offload, card, once", [
+    (1, "no", 200e9, False), (1, "moments", 200e9, False), (1, "all", 24e9, False), (1, "all", 60e9, True),
+    (8, "no", 80e9, True), (4, "no", 80e9, False), (4, "all", 80e9, True)])
+def test_14_weights_travel_once_a_step_where_a_copy_of_them_and_of_gradients_fits(
+        processes, offload, card, once, monkeypatch):
+    """48 GB for Llama-3 8B, beside 10 GB for activations and the process' part of the state."""
+    about = types.SimpleNamespace(total_memory=card)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(model, "world", lambda: processes)
+    assert model.gathers_once(settings("bfloat16", offload), 8e9, "cuda:0") == once
 
 def test_processes_on_gpus_meet_by_nccl_and_by_gloo_on_the_cpu():
     assert (model.backend_for("cuda:1"), model.backend_for("cpu")) == ("cpu:gloo,cuda:nccl", "gloo")

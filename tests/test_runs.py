@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_dice import (  # noqa: F401 (checkpoint is a fixture)
     LLAMA, Bench, checkpoint, network, random_pairs, random_samples, rows_of, settings, train_dpo)
+from torch.distributed.tensor import DTensor
 
 import dice
 import model as models
@@ -675,6 +676,20 @@ def test_bfloat16_arithmetic_with_float32_masters_follows_float32_training(tmp_p
     lost, _ = moved(tmp_path, pairs, masters=False)
     assert float(torch.cosine_similarity(lost, exact, dim=0)) < 0.5
 
+def test_14_offloaded_weights_are_gathered_once_a_step_and_give_the_same_gradients(tmp_path):
+    pairs, results = random_pairs(network(LLAMA), 24), []
+    for offload in ("no", "all"):
+        run, passes = Bench(tmp_path, batch=8, train_tokens=200, offload=offload, dtype="bfloat16"), []
+        models.shard(run.net, run.settings, "cpu")
+        def loss_fn(model, group, s, run=run, passes=passes):
+            passes.append((len(run.metrics), isinstance(model.layers[0].qkv.weight, DTensor)))
+            return dice.preference_loss(model, group, s)
+        results.append((train_dpo(run, pairs, 3, loss_fn=loss_fn), run.metrics))
+        for step in range(3):
+            parted = [is_part for number, is_part in passes if number == step]
+            assert len(parted) > 2 and parted[0] and any(parted[1:]) == all(parted[1:]) == (offload == "no")
+    assert torch.equal(results[0][0], results[1][0]) and results[0][1] == results[1][1]
+
 @pytest.fixture
 def from_files(alone, tmp_path):
     """Settings of a run from given models and files of the small world."""
@@ -685,9 +700,11 @@ def from_files(alone, tmp_path):
     return (options + "--samples 4 --rounds 1 --steps 5 --batch 3 --train-tokens 100 --lr 1e-4 --chunk 2 "
             "--min-valid 0 --max-new-tokens 48").split()
 
-def test_two_processes_do_what_one_does(from_files, tmp_path):
+@pytest.mark.parametrize("offload", ["no", "all"])
+def test_two_processes_do_what_one_does(offload, from_files, tmp_path):
     for name, count in (("one", 1), ("two", 2)):
-        codes = exit_codes(kill.start_small(tmp_path / name, from_files, count))
+        argv = [*from_files, "--offload", offload]
+        codes = exit_codes(kill.start_small(tmp_path / name, argv, count))
         assert codes == [0] * count, (tmp_path / name / "log.txt").read_text()[-2000:]
     one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
     assert contents(one).keys() == contents(two).keys()
