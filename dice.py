@@ -129,7 +129,7 @@ class Settings:
                                   choices=("auto", "no", "moments", "all"))
     recompute: str = machine_option("auto", "compute activations again in the backward pass, to keep none; "
                                     "auto: above 1e9 parameters", choices=("auto", "yes", "no"))
-    rows: int = machine_option(256, "answers drawn at once; for speed and memory", 1)
+    rows: int = machine_option(256, "answers drawn at once, at most; on a GPU no more than fit", 1)
     chunk: int = machine_option(64, "prompts after which results are saved; changes no result", 1)
     score_tokens: int = machine_option(4096, "tokens scored at once, padded; for speed and memory", 1)
     train_tokens: int = machine_option(2048, "tokens trained on at once, padded; for speed and memory", 1)

@@ -18,7 +18,7 @@ import torch
 
 import dice
 import model as models
-from data import jsonl, options, processes, runs
+from data import jsonl, memory, options, processes, runs
 from data.files import InputError, append_row, json_line, require, whole_rows, write_file
 
 def parse(argv):
@@ -150,6 +150,7 @@ def draw(rows, model, prompts, drawn, part, tokenizer, settings):
     missing = [i for i in range(len(prompts)) if i not in drawn]
     if not missing:
         return
+    rows = memory.rows_in_flight(model, [prompts[i] for i in missing], 1, settings.sampling, rows)
     answers = dice.generate(model, [prompts[i].ids for i in missing], 1, settings.sampling,
                             stop_ids=tokenizer.stop_ids, seed=settings.seed, rows=rows)
     with processes.Progress("answers", len(prompts), "answer", initial=len(drawn)) as bar:

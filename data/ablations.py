@@ -95,8 +95,12 @@ def share_first_round(run, source):
     rows, prompts = report.read_rows(source / "round-1" / "samples.jsonl"), {p.key: p for p in run.prompts}
     samples = [dice.Sample(prompts[row["prompt"]], row["tokens"], row["text"]) for row in rows]
     shutil.rmtree(run.out / "partial", ignore_errors=True)
+    order, drawn = runs.longest_first(run.prompts), []  # run.map keeps them in this order
+    for i in order:
+        of_prompt = rows[i * run.settings.samples:(i + 1) * run.settings.samples]
+        drawn += [(row["tokens"], row["finish"]) for row in of_prompt]
     for label, items, results in (
-            ("samples", run.prompts, [(row["tokens"], row["finish"]) for row in rows]),
+            ("samples", [run.prompts[i] for i in order], drawn),
             ("samples logprob", samples, [row["logprob"] for row in rows]),
             ("samples prev_logprob", samples, [row["prev_logprob"] for row in rows])):
         kept = {"items": runs.hash_of(items), "first": 0, "results": results}

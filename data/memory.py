@@ -67,6 +67,28 @@ def machine(settings, device, needed):
     return (f"{world()} x {s.device}, {name}; {s.dtype}; training takes at most {needed / 1e9:.1f} of "
             f"{free_memory() / 1e9:.1f} GB of main memory{place}")
 
+def rows_in_flight(model, prompts, count, sampling, most):
+    """How many rows of the sampler, `most` or fewer, fit into what is free of the model's GPU."""
+    if model.device.type != "cuda":
+        return most
+    # What torch has freed but keeps for itself counts as free.
+    held = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
+    free = torch.cuda.mem_get_info(model.device)[0] + held
+    lengths, config = [len(prompt.ids) for prompt in prompts], model.config
+    answer = min(sampling.max_new_tokens, config.context - min(lengths))
+    return min(most, rows_that_fit(config, model.dtype, max(lengths), answer, count, free))
+
+def rows_that_fit(config, dtype, prompt, answer, count, free):
+    """How many rows of the sampler fit into `free` bytes, for prompts and answers of so many tokens at most.
+    All `count` answers of a prompt are drawn together: a multiple of count, and at least that."""
+    c = config
+    cached = 2 * c.layers * c.kv_heads * c.head_size * dtype.itemsize  # keys and values of a token
+    # A prompt is read once for its answers: into a cache of its own, with the widest tensors of a layer.
+    read = cached + 4 * (c.hidden + c.width) * dtype.itemsize
+    # About 25 numbers of 4 bytes for each logit: to sort and to sum them, and what CUDA graphs hold of it.
+    row = min(c.context, prompt + answer) * cached + prompt * read / count + 100 * c.vocab_size
+    return max(count, int(0.9 * free / row) // count * count)  # a tenth is for what is not counted here
+
 class AdamW(torch.optim.AdamW):
     """torch's AdamW. If its moments are offloaded, they are in main memory. Those of one parameter after the
     other come to the GPU in a step, and go back."""

@@ -42,14 +42,18 @@ def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
     disk = stages * count * size + 2 * 12 * count + drawn * 12 * answer  # two states of training, at most
     free = shutil.disk_usage(next(p for p in (run.out, *run.out.absolute().parents) if p.exists())).free
     require(disk <= free, f"{run.out}: needs {disk / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free")
+    free_last_model()
+    have, rows = memory.free_memory(), min(s.rows, s.chunk * s.samples)
     capacity = min(c.context, prompt + s.sampling.max_new_tokens)
-    cache = 2 * s.rows * capacity * c.layers * c.kv_heads * c.head_size
+    if s.device.startswith("cuda"):
+        have = torch.cuda.mem_get_info(run.device)[0]
+        left, dtype = have - count * size, getattr(torch, s.dtype)
+        rows = min(rows, memory.rows_that_fit(c, dtype, prompt, capacity - prompt, s.samples, left))
+    cache = 2 * rows * capacity * c.layers * c.kv_heads * c.head_size
     need = {"sampling": (count + cache) * size, "scoring": count * size, "training": 16 * count / world()}
     if s.device.startswith("cuda"):
         copies = (size + 4) * count if models.gathers_once(s, count, run.device) else 0
         need["training"] = models.OFFLOAD[s.offload][0] * count / world() + copies
-    free_last_model()
-    have = torch.cuda.mem_get_info(run.device)[0] if s.device.startswith("cuda") else memory.free_memory()
     enough = "" if max(need.values()) < have else ": TOO LITTLE"
     times = ", ".join(f"{what} {spoken(h)}" for what, h in hours.items())
     needs = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in need.items())
@@ -62,7 +66,8 @@ policy   {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}
 stages   SFT of {sft_steps} steps, DPO of {dpo_steps}, {s.rounds} rounds of {s.steps} steps of {s.batch} pairs
 time     about {spoken(sum(hours.values()))}, if answers have {answer:.0f} tokens: {times}
 disk     {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free: {stages} checkpoints, state of the training, samples
-memory   {needs}, and activations; {have / 1e9:.1f} GB are free{enough}""")
+memory   {needs}, and activations; {have / 1e9:.1f} GB are free{enough};
+         {rows} rows are sampled at once""")
 
 def spoken(hours):
     """Hours in words; below one hour, minutes."""
@@ -76,8 +81,8 @@ def measure(run, new_model, generate, score, make_sample):
     s, saved = run.settings, run.policy_dir.exists()
     count = sum(math.prod(shape) for shape in models.parameter_shapes(run.config).values())
     size = 2 if saved and s.dtype == "bfloat16" else 4  # bytes of a weight; random ones are made in float32
-    require(count * size < free_memory(), f"{s.model}: {count * size / 1e9:.1f} GB of main memory are needed "
-            f"to measure it, {free_memory() / 1e9:.1f} GB are free; plan on the machine that shall run it")
+    require(count * size < memory.free_memory(), f"{s.model}: {count * size / 1e9:.1f} GB of main memory are needed "
+            f"to measure it, {memory.free_memory() / 1e9:.1f} GB are free; plan on the machine that shall run it")
     log_info(f"making the model, {count / 1e6:.1f} million parameters")
     if saved:
         model = run.load(run.policy_dir)

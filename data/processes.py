@@ -35,6 +35,10 @@ def join_processes(device):
         torch.cuda.set_device(device)  # FSDP takes the current one
     if device.startswith("cuda"):
         torch.backends.cuda.enable_cudnn_sdp(False)  # use Flash: cuDNN makes a new plan for each shape
+        if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+            # Chunks, passes and stages have unlike sizes. What one has freed is of use to the next one then.
+            # (torch reads the variable when it is imported, which is over.)
+            torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
     return device
 
 def nvidia_driver():

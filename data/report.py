@@ -118,7 +118,7 @@ def check_samples(s, label, prompts, drawn):
             lost["all equal"] += 1
     if 2 * sum(lost.values()) > len(prompts):
         reason = max(lost, key=lost.get)
-        log_info(f"WARNING: {sum(lost.values())} of the first {len(prompts)} prompts will give no pair; of "
+        log_info(f"WARNING: {sum(lost.values())} of the {len(prompts)} longest prompts will give no pair; of "
                  f"{lost[reason]}, {REASONS[reason]}")
 
 def check_held_out(run, s):

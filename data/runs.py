@@ -62,7 +62,7 @@ class Run:
             torch.set_num_threads(1)
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(usable_cores())
-        # Lowered for the rest of the run when memory runs out.
+        # Lowered for the rest of the run when memory runs out. (On a GPU rows are not: see limits().)
         self.budget = {name: getattr(settings, name) for name in ("rows", "score_tokens", "train_tokens")}
         self.stage_name = ""
 
@@ -186,6 +186,10 @@ class Run:
         items were kept under the label. The processes share the chunks; the bar is of the first one's share.
         check(chunk, results) is called after the first chunk, to warn early."""
         label = f"{self.stage_name} {label}"
+        # The prompts of a chunk have similar lengths: a row of the sampler has room for the longest of them.
+        # The longest prompts come first: if memory runs out, it is at once.
+        order = longest_first(items) if budget == "rows" else range(len(items))
+        items = [items[i] for i in order]
         hashed = hash_of(items)
         # A prompt costs as much as its K answers.
         size = self.settings.chunk * (1 if budget == "rows" else getattr(self.settings, "samples", 1))
@@ -205,7 +209,8 @@ class Run:
             for start, chunk in mine:
                 started = time.perf_counter()
                 least = count if budget == "rows" else max(map(len, chunk))
-                results = self.again(self.budget, budget, least, label, chunk, self.run_chunk,
+                limits = self.limits(budget, network, chunk, count)
+                results = self.again(limits, budget, least, label, chunk, self.run_chunk,
                                      fn, network, chunk, count, bar, bar.n)
                 path = self.partial(f"{label}.{rank()}.jsonl")
                 files.append_row(path, {"items": hashed, "first": start * count, "results": results})
@@ -214,8 +219,17 @@ class Run:
                     check(chunk, results)
                 self.log_speed(label, time.perf_counter() - started, answers=len(results))
         barrier()  # all have written
-        done = self.kept(label, hashed)
-        return [done[i] for i in range(total)]
+        done, results = self.kept(label, hashed), [None] * total
+        for place, i in enumerate(order):
+            results[i * count:(i + 1) * count] = [done[place * count + k] for k in range(count)]
+        return results
+
+    def limits(self, budget, network, chunk, count):
+        """{budget: its value for a chunk}. On a GPU the rows follow from the memory that is free now."""
+        s = self.settings
+        if budget == "rows" and self.device.startswith("cuda"):
+            return {"rows": memory.rows_in_flight(network, chunk, count, s.sampling, s.rows)}
+        return self.budget
 
     def run_chunk(self, budget, fn, network, chunk, count, bar, begin):
         results = [None] * (len(chunk) * count)
@@ -282,6 +296,7 @@ class Run:
                 if not known and not isinstance(error, torch.OutOfMemoryError):
                     raise
             # Subtle: this stands after the except block, where the tensors of fn are free again.
+            gc.collect()
             torch.cuda.empty_cache()
             now = budget[name]
             if training is not None and world() > 1:
@@ -295,7 +310,7 @@ class Run:
                                  f"{str(content)[:60]!r}; lower --max-tokens, --max-new-tokens or --samples, "
                                  "or take a larger machine", alone=True)
             budget[name] = max(least, now * 3 // 4 if name == "rows" else now // 2)
-            log_info(f"{label}: out of memory; from here on {flag(name)} {budget[name]}")
+            log_info(f"{label}: out of memory; again with {flag(name)} {budget[name]}")
             if training is not None and training.sharded:  # FSDP cannot go on after a pass that broke off
                 raise Restart
 
@@ -410,6 +425,10 @@ def state_of(p, optimizer):
     """A parameter and AdamW's moments of it: this process' shards."""
     moments = {key: models.local_shard(optimizer.state[p][key]) for key in memory.MOMENTS}
     return {"weight": models.local_shard(p), **moments}
+
+def longest_first(prompts):
+    """The indices of prompts, those of the longest first."""
+    return sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
 
 def hash_of(items):
     """sha256 of the ids of prompts, or of prompts and answers."""

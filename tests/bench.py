@@ -142,11 +142,11 @@ def our_samples(rows):
 def our_sampling(args, config, sizes):
     net, prompts = dice.load_model(args.weights, args.device, dtype_of(args)), prompts_of(config, sizes)
     sampling = dice.Sampling(temperature=1.0, max_new_tokens=sizes["limit"])
+    rows = memory.rows_in_flight(net, [dice.Prompt("", p) for p in prompts], K, sampling, sizes["rows"])
     def work():
         answers = [(index, len(answer)) for index, _, answer, _ in dice.generate(
-            net, prompts, K, sampling, stop_ids=stop_ids(config, sizes), seed=0,
-            rows=min(sizes["rows"], K * len(prompts)))]
-        return sampling_result(config, sizes, prompts, answers)
+            net, prompts, K, sampling, stop_ids=stop_ids(config, sizes), seed=0, rows=rows)]
+        return sampling_result(config, sizes | {"rows": rows}, prompts, answers)
     return work
 
 def our_standard(args, config, sizes):

@@ -950,7 +950,7 @@ def test_a_round_says_how_many_prompts_gave_a_pair_and_why_the_others_did_not_an
     row = next(row for row in rows_of(out / "metrics.jsonl") if "alpha" in row)
     keys = ("prompts", "prompts_with_pair", "prompts_cut", "prompts_too_few_valid", "prompts_all_equal")
     assert [row[key] for key in keys] == [6, 1, 3, 1, 1]
-    warned = "WARNING: 4 of the first 4 prompts will give no pair; of 3, answers were cut"  # after a chunk
+    warned = "WARNING: 4 of the 4 longest prompts will give no pair; of 3, answers were cut"  # after a chunk
     assert told.err.count("will give no pair") == 1 and warned in told.err
     assert told.err.index(warned) < told.err.index("round-1: alpha")
 

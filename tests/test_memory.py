@@ -7,7 +7,7 @@ import torch
 from test_dice import settings
 
 import model as models
-from data import memory
+from data import memory, processes
 from data.files import InputError
 
 @pytest.mark.parametrize("offload, card, free, way, gigabytes", [
@@ -42,3 +42,22 @@ def test_14_free_memory_is_that_of_the_machine_and_of_the_cgroup(limit, free, mo
     found = {str(Path("/sys/fs/cgroup/group", name)): text for name, text in texts.items()}
     monkeypatch.setattr(Path, "read_text", lambda path: found[str(path)])
     assert memory.free_memory() == free
+
+@pytest.mark.parametrize("free, prompt, count, rows", [
+    (65e9, 1000, 16, 128), (65e9, 200, 16, 176), (65e9, 1000, 1, 84), (124e9, 1000, 16, 256),
+    (1e9, 1000, 16, 16)])
+def test_14_rows_of_the_sampler_follow_from_memory_and_from_the_lengths(free, prompt, count, rows):
+    """Of Llama-3 8B, whose cache takes 131 kB a token, with answers of 2048 tokens."""
+    config = models.PRESETS["llama3-8b"].shape
+    assert memory.rows_that_fit(config, torch.bfloat16, prompt, 2048, count, free) == rows
+
+def test_14_memory_that_is_freed_in_one_size_serves_another_unless_the_user_has_chosen(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", given.append)
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda on: None)
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    processes.join_processes("cuda")
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "backend:cudaMallocAsync")
+    processes.join_processes("cuda")
+    assert given == ["expandable_segments:True"]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import weakref
 from contextlib import chdir
 from dataclasses import replace
@@ -28,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 import dice
 import model as models
-from data import ablations, files, plan, plots, processes, runs, tiny
+from data import ablations, files, memory, plan, plots, processes, runs, tiny
 from data.files import InputError
 
 ARGV = ("--sft-steps 20 --sft-batch 16 --sft-lr 0.01 --dpo-steps 6 --steps 16 --samples 4 --batch 8 "
@@ -358,7 +359,8 @@ def test_a_dry_run_plans_and_writes_nothing_and_refuses_a_disk_too_small(tmp_pat
     assert small(tmp_path, "--dry-run") == 0
     out, told = capsys.readouterr()
     assert "reading the data" in told and "stand in" not in told
-    for word in ("56 offline pairs and 8 held out", "parameters", "stages", "time", "disk", "memory", "GB"):
+    for word in ("56 offline pairs and 8 held out", "parameters", "stages", "time", "disk", "memory", "GB",
+                 "24 rows are sampled at once"):
         assert word in out
     files.write_rows(tmp_path / "long.jsonl", [{"prompt": "x " * 500}])
     assert small(tmp_path, "--dry-run", "--prompts", "long.jsonl") == 2
@@ -370,8 +372,9 @@ def test_a_dry_run_plans_and_writes_nothing_and_refuses_a_disk_too_small(tmp_pat
 
 # --------------------------------------------------------- run.map, --start-from, and what a round reports
 def test_9_map_computes_the_missing_chunks_alone_and_gives_results_in_order(tmp_path):
-    """Of a function that yields its results backwards; with any --chunk; and no model is loaded in vain."""
-    prompts, seen, loaded = [dice.Prompt(str(i), [i]) for i in range(11)], [], []
+    """Of a function that yields its results backwards; with any --chunk; and no model is loaded in vain. The
+    longest prompts, which come last here, are done first."""
+    prompts, seen, loaded = [dice.Prompt(str(i), [i] * (20 - i)) for i in reversed(range(11))], [], []
     def backwards(network, items, budget):
         for i in reversed(range(len(items))):
             seen.append(items[i].ids[0])
@@ -384,7 +387,7 @@ def test_9_map_computes_the_missing_chunks_alone_and_gives_results_in_order(tmp_
         return run.map(label, backwards, items, Path("a model"), "rows", 2)
     with pytest.raises(Killed):
         answers(2)
-    expected = [[[i], k] for i in range(11) for k in range(2)]
+    expected = [[[i], k] for i in reversed(range(11)) for k in range(2)]
     assert answers(3) == expected
     assert seen == [1, 0, 3, 2, 5] + [5, 4, 3, 8, 7, 6, 10, 9] and len(loaded) == 2
     assert answers(4) == answers(1) == answers(100) == expected and len(seen) == 13 and len(loaded) == 2
@@ -424,6 +427,26 @@ def test_a_bar_says_tokens_per_second_and_the_time_left_and_a_log_file_gets_a_li
                            ("dpo logprob: 100%|", "| 5/5 [00:25<00:00,  5.00s/answer, 10 tokens/s]"),
                            ("dpo:  50%|", "| 1/2 [01:10<01:10, 70.00s/step, 1 tokens/s]")):
             assert any(frame.startswith(start) and frame.endswith(end) for frame in frames)
+
+def test_14_on_a_gpu_the_rows_of_each_chunk_follow_from_the_memory_that_is_free(tmp_path, monkeypatch):
+    """They are lowered only until the chunk is done. No row would be free beside the 1 GB that torch keeps."""
+    prompts, tried = [dice.Prompt("", [1] * n) for n in (10, 900, 20, 1000)], []
+    for name, value in {"mem_get_info": (0, 80 * 10**9), "memory_reserved": 3 * 10**9,
+                        "memory_allocated": 2 * 10**9}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    run, config = Bench(tmp_path, chunk=2, rows=10**6, max_new_tokens=24), replace(LLAMA, context=4096)
+    run.device = "cuda:0"
+    network = types.SimpleNamespace(device=torch.device("cuda:0"), dtype=torch.bfloat16, config=config)
+    def draw(network, items, rows):
+        tried.append((len(items[0].ids), rows))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError
+        yield from ((i * 4 + k, [len(items[i].ids), k]) for i in range(2) for k in range(4))
+    results = run.map("samples", draw, prompts, network, "rows", 4)
+    assert results == [[len(prompt.ids), k] for prompt in prompts for k in range(4)]
+    (a, most), (b, again), (c, short) = tried
+    assert (a, b, c) == (1000, 1000, 20) and again == most * 3 // 4 and 10**6 > short > 5 * most
+    assert most % 4 == 0 and most == memory.rows_that_fit(config, torch.bfloat16, 1000, 24, 4, 10**9)
 
 def test_9_the_hash_of_items_knows_their_ids_their_order_and_where_the_answer_begins():
     samples = [dice.Sample(dice.Prompt("", ids), tokens, "") for ids, tokens in (
@@ -550,8 +573,8 @@ def test_out_of_memory_halves_the_pass_and_changes_no_result(tmp_path, monkeypat
     torch.testing.assert_close(weights[0], weights[1], atol=1e-4, rtol=0)
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
     told = capsys.readouterr().err  # when it is halved, and not in every step
-    assert 0 < told.count("dpo training: out of memory; from here on --train-tokens") < 8
-    assert 0 < told.count("dpo scores: out of memory; from here on --score-tokens") < 8
+    assert 0 < told.count("dpo training: out of memory; again with --train-tokens") < 8
+    assert 0 < told.count("dpo scores: out of memory; again with --score-tokens") < 8
 
 def test_what_a_step_had_added_up_before_memory_ran_out_is_not_counted_twice(tmp_path, monkeypatch):
     norms, cramped = [], fails_at(2, dice.sequence_logprobs, torch.OutOfMemoryError())
@@ -610,7 +633,7 @@ def test_out_of_memory_in_sampling_takes_fewer_rows_and_gives_the_same(alone, tm
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return real(*args, rows=rows, **about)
     monkeypatch.setattr(dice, "generate", cramped)
-    assert small(tmp_path) == 0 and "from here on --rows 20\n" in capsys.readouterr().err
+    assert small(tmp_path) == 0 and "again with --rows 20\n" in capsys.readouterr().err
     assert tokens_of(run) == tokens_of(alone)
 
 def test_other_runtime_errors_keep_their_traceback(tmp_path, monkeypatch):
