@@ -125,7 +125,7 @@ class Settings:
     seed: int = base_option(0, "of all random numbers; changes results", 0, group="the machine")
     device: str = machine_option("auto", "cpu, cuda, cuda:1, ..., mps; auto: cuda if there is one")
     dtype: str = option("auto", "of numbers; auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
-    offload: str = machine_option("auto", "what of the training's state is in main memory; auto: what must be",
+    offload: str = machine_option("auto", "state of training in main memory; auto: as little as possible",
                                   choices=("auto", "no", "moments", "all"))
     recompute: str = machine_option("auto", "compute activations again in the backward pass, to keep none; "
                                     "auto: above 1e9 parameters", choices=("auto", "yes", "no"))

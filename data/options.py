@@ -315,8 +315,8 @@ def check_scores(rows, s):
     """InputError if a pair has no scores, or none that a loss can take the log of their difference of."""
     for row in rows:
         chosen, rejected = np.float32(row.scores or (math.nan, math.nan))
-        require(chosen > rejected, f'{row.where}: --loss {s.loss} needs "score_chosen" above "score_rejected" '
-                "in float32; correct or remove the row")
+        require(chosen > rejected, f'{row.where}: --loss {s.loss} needs "score_chosen" above '
+                '"score_rejected" in float32; correct or remove the row')
 
 def report_unused(rows, pairs, limit, s):
     """Log how many offline pairs are left out. InputError if all are."""

@@ -1,10 +1,8 @@
 """The dry run: what a run will do, take and need."""
 import math
-import os
 import shutil
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -61,7 +59,7 @@ def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
         print(f"""plan for {run.out}; nothing was written
 machine  {machine}
 data     {len(run.offline)} offline pairs and {len(run.held_out)} held out
-prompts  {len(run.prompts)} of {prompt:.0f} tokens; {drawn} samples in all
+prompts  {len(run.prompts)} of {prompt:.0f} tokens; {drawn} samples in {s.rounds} rounds
 policy   {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}
 stages   SFT of {sft_steps} steps, DPO of {dpo_steps}, {s.rounds} rounds of {s.steps} steps of {s.batch} pairs
 time     about {spoken(sum(hours.values()))}, if answers have {answer:.0f} tokens: {times}
@@ -81,8 +79,9 @@ def measure(run, new_model, generate, score, make_sample):
     s, saved = run.settings, run.policy_dir.exists()
     count = sum(math.prod(shape) for shape in models.parameter_shapes(run.config).values())
     size = 2 if saved and s.dtype == "bfloat16" else 4  # bytes of a weight; random ones are made in float32
-    require(count * size < memory.free_memory(), f"{s.model}: {count * size / 1e9:.1f} GB of main memory are needed "
-            f"to measure it, {memory.free_memory() / 1e9:.1f} GB are free; plan on the machine that shall run it")
+    free = memory.free_memory()
+    require(count * size < free, f"{s.model}: {count * size / 1e9:.1f} GB of main memory are needed to measure "
+            f"it, {free / 1e9:.1f} GB are free; plan on the machine that shall run it")
     log_info(f"making the model, {count / 1e6:.1f} million parameters")
     if saved:
         model = run.load(run.policy_dir)

@@ -162,8 +162,8 @@ def warnings(row, first):
         yield f"{row['truncated']:.0%} of the answers are cut by --max-new-tokens: they may no longer end"
 
 def keep_evaluation(run, name, samples):
-    """Write evaluation/NAME.jsonl: answers with the judge's score ("gold") and their implicit reward, or, with
-    no judge, the held-out answers (chosen and rejected in turn) with their log-prob. NaN becomes null."""
+    """Write evaluation/NAME.jsonl: answers with the judge's score ("gold") and their implicit reward. With no
+    judge: the held-out answers (chosen and rejected in turn) with their log-prob. NaN becomes null."""
     rows = []
     for x in samples:
         row = {"prompt": x.prompt.content, "sample": x.number, "text": x.text}
@@ -243,10 +243,9 @@ def verdict(out, metrics):
     elif len(scored) > 1 and scored[-1] in names:
         base, last = judged_stages(out, column="logprob")[-1], scored[-1]
         right = [agrees(out, scored[0], stage) for stage in (base, last)]
-        text = (f"\nNo judge has compared the answers (--judge, or data/judge.py). On {len(right[0])} pairs that "
-                f"were kept from training, {last} prefers the chosen answer {interval(right[1])} of the time, "
-                f"and {base} {interval(right[0])}: {compared(right[1] - right[0], 'more', 'less')} often; 50% is "
-                "chance.\n")
+        text = (f"\nNo judge has compared the answers (--judge, or data/judge.py). Of {len(right[0])} pairs that "
+                f"were kept from training, {last} prefers the chosen answer in {interval(right[1])}, {base} in "
+                f"{interval(right[0])}: {compared(right[1] - right[0], 'more', 'less')} often. 50% is chance.\n")
     for row in rounds:
         text += "".join(f"\n{row['stage']}: WARNING: {warning}\n" for warning in warnings(row, rounds[0]))
     return text

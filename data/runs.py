@@ -109,8 +109,9 @@ class Run:
     def hashes(self):
         """{"contents of --model": hash, ...} of the models and data files that are given to the run."""
         found, start = {}, Path(self.settings.start_from)
-        rewards = {name: [self.reward_models[getattr(self.settings, name)][0]] for name in ("reward", "judge")}
-        given = {"model": [self.policy_dir], "reference": [self.prev_dir], **rewards,
+        given = {"model": [self.policy_dir], "reference": [self.prev_dir],
+                 "reward": [self.reward_models[self.settings.reward][0]],
+                 "judge": [self.reward_models[self.settings.judge][0]],
                  "start_from": sorted(path.parent for path in start.glob("*/config.json"))}
         for name, f in all_options(type(self.settings)).items():
             path = getattr(self.settings, name, "")

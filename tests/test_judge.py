@@ -174,8 +174,8 @@ def test_a_run_says_whether_it_got_better(judged, world, by_number, rm, tmp_path
         gain = [now["logprob"] - before["logprob"] for now, before in zip(rows[name], rows["sft"])]
         found[name] = 10 * sum(chosen > rejected for chosen, rejected in zip(gain[::2], gain[1::2]))
     line = next(line for line in told.out.splitlines() if line.startswith("No judge has compared"))
-    assert len(rows["sft"]) == 20 and f"round-1 prefers the chosen answer {found['round-1']:.1f} ±" in line
-    assert f"and dpo {found['dpo']:.1f} ±" in line and ": no more and no less often" in line
+    assert len(rows["sft"]) == 20 and f"round-1 prefers the chosen answer in {found['round-1']:.1f} ±" in line
+    assert f"dpo in {found['dpo']:.1f} ±" in line and ": no more and no less often" in line
 
 def test_a_difference_counts_if_it_is_more_than_two_standard_errors():
     for gaps, word in (([1, 1, 0, 1], "better"), ([-1, -1, 0, -1], "worse"), ([1, 0, 0, 0], "no better and"),
