@@ -32,8 +32,6 @@ NASTY = [
     "\r\n\r\n x\r", "𝔘\u0378\U000e0001\U0010ffff", "1 22 333 4444 55555", "<0x41>", "x_y  __z", "\ufffd"]
 TEXT = ("The cat sat on the mat, and the other cat didn't. It's 1234 past 10; they're here!\n\n  "
         "Naïve café — über 日本語のテキスト 👍👍🏽 مرحبا\tthe end.\r\n") * 30
-ODD = ["What is \ud800 and \udfff?", "\x00\x01\x02\x7f", "مرحبا \u202eabc\u202c", "a\u0308\u0323" * 5,
-       "\U0010ffff\u0378\ufeff\ufffe", "<|endoftext|></s><|im_end|>", "a\r\nb\u2028c\u2029d\x85e\x0bf"]
 SPECIAL = ["<|endoftext|>", "<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
            "<|im_start|>", "<|im_end|>"]
 FLAGS = {"normalized": False, "single_word": False, "lstrip": False, "rstrip": False}
@@ -48,13 +46,6 @@ BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "B"}}, {
        "special_tokens": {"B": {"id": "B", "ids": [260], "tokens": ["B"]}}}
 LLAMA3_TEMPLATE = "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n...<|eot_id|>"
 CHATML_TEMPLATE = "{% for m in messages %}{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>'}}"
-SMOLLM2_SYSTEM = PRESETS["smollm2-135m-instruct"].settings["system"]
-SMOLLM2_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>"
-    "\n' }}"
-    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 ZEPHYR_TEMPLATE = "{{ '<|user|>\n' + message['content'] + eos_token }}{{ '<|assistant|>' }}"
 
 def sequence(*steps):
@@ -176,60 +167,41 @@ STYLES = {"gpt2": GPT2_BYTES, "llama3": sequence(LLAMA3_SPLIT, BYTES), "qwen2": 
           "smollm2": sequence(DIGITS, GPT2_BYTES), "none": BYTES,
           "gaps": sequence(LETTERS | {"pattern": {"Regex": "[a-z]+|[0-9]"}}, BYTES)}
 
-@pytest.mark.parametrize("pairs", [False, True])
-@pytest.mark.parametrize("ignore_merges", [False, True])
-@pytest.mark.parametrize("style", STYLES)
-def test_byte_level_equals_hugging_face(tmp_path, style, ignore_merges, pairs):
+def check_against_hugging_face(directory, texts):
+    """Our ids are those of the package tokenizers, which must be told not to look for special tokens."""
     tokenizers = pytest.importorskip("tokenizers")
-    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    theirs.train_from_iterator([TEXT], tokenizers.trainers.BpeTrainer(
-        vocab_size=600, show_progress=False, special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
-    content = json.loads(theirs.to_str()) | {"pre_tokenizer": STYLES[style]}
-    content["normalizer"] = {"type": "NFC"} if style == "qwen2" else None
-    merges = content["model"]["merges"]
-    merges = merges[:200:-1] + merges[:150]  # a wild order, tokens out of reach
-    content["model"] |= {"ignore_merges": ignore_merges,
-                         "merges": merges if pairs else [" ".join(pair) for pair in merges]}
-    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
-    (tmp_path / "config.json").write_text('{"eos_token_id": 0}')
-    ours = read_tokenizer(tmp_path)
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(content | {"added_tokens": []}))
-    @fuzz(60)
-    @given(st.text(max_size=30) | st.text("abt hes'\n\t ①1９é́日👍🏽", max_size=40) | st.sampled_from(NASTY))
-    def compare(text):
-        # Unassigned characters are left out: the Unicode of `regex` and of `tokenizers` differ by a year.
-        text = "".join(c for c in text if unicodedata.category(c) != "Cn")
-        assert ours.encode(text) == theirs.encode(text).ids
-        assert style == "qwen2" or ours.decode(ours.encode(text)) == text
-    compare()
-    for text in (*NASTY, TEXT):
-        assert ours.encode(text) == theirs.encode(text).ids
-
-@pytest.mark.parametrize("scheme", ["legacy", "first", "always", "never"])
-@pytest.mark.parametrize("split", [False, True])
-def test_sentence_piece_equals_hugging_face(tmp_path, scheme, split):
-    tokenizers = pytest.importorskip("tokenizers")
-    pre = METASPACE | {"prepend_scheme": scheme, "split": split}
-    style = {} if scheme == "legacy" else {"normalizer": None, "pre_tokenizer": pre}
-    directory = sentence_piece(tmp_path, **style)
     content = json.loads((directory / "tokenizer.json").read_text())
     content |= {"added_tokens": [], "post_processor": None}
     theirs, ours = tokenizers.Tokenizer.from_str(json.dumps(content)), read_tokenizer(directory)
     @fuzz(60)
-    @given(st.text(max_size=30) | st.text("and the▁ <s>\n", max_size=40))
+    @given(st.text(max_size=30) | texts)
     def compare(text):
+        # Unassigned characters are left out: the Unicode of `regex` and of `tokenizers` differ by a year.
+        text = "".join(c for c in text if unicodedata.category(c) != "Cn")
         assert ours.encode(text) == theirs.encode(text).ids
-        assert ours.decode(ours.encode(text, start=False)) == text.replace("▁", " ")
     compare()
     for text in (*NASTY, TEXT):
         assert ours.encode(text) == theirs.encode(text).ids
-    # Whole prompts: Hugging Face encodes each stretch of text between special tokens by itself.
-    theirs = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    zephyr = read_tokenizer(directory, "zephyr")
-    for user in ("the end", " and", "", "the\n\n"):
-        assert zephyr.prompt(user) == theirs.encode(f"<|user|>\n{user}</s>\n<|assistant|>\n").ids
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+@pytest.mark.parametrize("style", STYLES)
+def test_byte_level_equals_hugging_face(tmp_path, style, ignore_merges):
+    alphabet = tiny.byte_alphabet()
+    words = {"".join(alphabet[b] for b in word.encode()) for word in regex.findall(r" ?\w+", TEXT)}
+    merges = tiny.train_merges(words)
+    tokens = ["".join(pair) for pair in merges]
+    wild = merges[:60:-1] + merges[:40]  # in a wild order, and some tokens are out of reach
+    normalizer = {"type": "NFC"} if style == "qwen2" else None
+    byte_level(tmp_path, wild, tokens, ignore_merges=ignore_merges, normalizer=normalizer,
+               pre_tokenizer=STYLES[style])
+    check_against_hugging_face(tmp_path, st.text("abt hes'\n\t ①1９é́日👍🏽", max_size=40))
+
+@pytest.mark.parametrize("scheme", ["legacy", "first", "always", "never"])
+@pytest.mark.parametrize("split", [False, True])
+def test_sentence_piece_equals_hugging_face(tmp_path, scheme, split):
+    pre = METASPACE | {"prepend_scheme": scheme, "split": split}
+    style = {} if scheme == "legacy" else {"normalizer": None, "pre_tokenizer": pre}
+    check_against_hugging_face(sentence_piece(tmp_path, **style), st.text("and the▁ <s>\n", max_size=40))
 
 def test_long_texts_take_linear_time(tmp_path):
     letters = read_tokenizer(byte_level(tmp_path / "a"))
@@ -248,13 +220,7 @@ def test_stories_tokenizer():
     assert ours.raw("Once upon a time") == [403, 407, 261, 378]  # no post-processor, so no bos
     for text in NASTY:
         assert ours.decode(ours.encode(text, start=False)) == text
-    tokenizers, transformers = pytest.importorskip("tokenizers"), pytest.importorskip("transformers")
-    theirs = tokenizers.Tokenizer.from_file(str(STORIES / "tokenizer.json"))
-    auto = transformers.AutoTokenizer.from_pretrained(STORIES)
-    for text in [text for text in [*NASTY, TEXT] if "<s>" not in text]:
-        assert ours.encode(text) == theirs.encode(text).ids
-        if not text.startswith(" "):  # transformers 5 replaces this file's normalizer by Metaspace
-            assert ours.raw(text) == auto.encode(text)
+    check_against_hugging_face(STORIES, st.text("Once upon\n", max_size=40))
 
 @pytest.fixture(scope="module")
 def llama3():
@@ -277,22 +243,23 @@ def test_llama3_rank_file(llama3):
 @needs_llama3
 def test_llama3_as_converted_by_transformers(tmp_path, llama3):
     converters = pytest.importorskip("transformers.convert_slow_tokenizer")
-    tokenizers = pytest.importorskip("tokenizers")
     converter = converters.TikTokenConverter(str(LLAMA3 / "tokenizer.model"), code.LLAMA3_PATTERN,
                                              extra_special_tokens=["<|begin_of_text|>", "<|end_of_text|>"])
     converter.converted().save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end_of_text|>"}')
-    content, ours = json.loads((tmp_path / "tokenizer.json").read_text()), read_tokenizer(tmp_path)
-    theirs = tokenizers.Tokenizer.from_str(json.dumps(content | {"added_tokens": []}))
+    ours = read_tokenizer(tmp_path)
     for text in (*NASTY, TEXT):
-        assert ours.encode(text) == llama3.encode(text) == theirs.encode(text, add_special_tokens=False).ids
+        assert ours.encode(text) == llama3.encode(text)
 
 # ---------------------------------------------------------------------------------------- chats
 FORMATS = dict(llama3="<|eot_id|>", chatml="<|im_end|>", plain="<|endoftext|>", zephyr="<|endoftext|>")
 MARKS = [*"ab <|>", *SPECIAL, "<tool>", "</s>", "<s>", "<unk>", "<0x41>", "system", "user", "assistant", "\n"]
 
 def test_text_never_becomes_a_special_token(tmp_path):
-    both = byte_level(tmp_path / "a", ignore_merges=True), sentence_piece(tmp_path / "b")
+    """Not even where a merge makes it: <s> is a special token of the second tokenizer."""
+    merges = [("<", "s"), ("<s", ">"), ("a", "b")]
+    both = byte_level(tmp_path / "a", ignore_merges=True), sentence_piece(tmp_path / "b", merges)
+    assert vocab_of(both[1])["<s>"] == 1
     readers = [read_tokenizer(both[0], chat) for chat in FORMATS]
     assert [reader.special_tokens[end] for reader, end in zip(readers, FORMATS.values())] == [
         reader.end for reader in readers] == [reader.stop_ids[0] for reader in readers]
@@ -312,62 +279,50 @@ def test_text_never_becomes_a_special_token(tmp_path):
             assert tokenizer.answer(text) == ids + [tokenizer.end]
     check()
 
-def test_special_words_that_merges_could_spell(tmp_path):
-    """<s> is a special token here, and a merge makes it out of text: not for us."""
-    directory = sentence_piece(tmp_path, merges=[("<", "s"), ("<s", ">"), ("a", "b")])
-    assert vocab_of(directory)["<s>"] == 1 and 1 not in read_tokenizer(directory).encode("<s>ab<s>")
-
-def test_chat_formats(tmp_path):
-    """Each format written out; the ids of text are those of its bytes, as this tokenizer has no merges."""
-    directory = byte_level(tmp_path, merges=())
+@pytest.mark.parametrize("chat, before, after, end", [
+    ("llama3", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "<|eot_id|>"),
+    ("chatml", "<|im_start|>{}\n", "<|im_end|>\n", "<|im_end|>\n"), ("plain", "", "\n", "<|endoftext|>"),
+    ("zephyr", "<|{}|>\n", "<|endoftext|>\n", "<|endoftext|>\n")])
+def test_chat_formats(chat, before, after, end, tmp_path):
+    """What stands around each message. The ids of text are those of its bytes: there are no merges."""
+    tokenizer, text = read_tokenizer(byte_level(tmp_path, merges=()), chat), ""
     turns = [{"role": "system", "content": " Be "}, {"role": "user", "content": "Hi\n"},
              {"role": "assistant", "content": "Yo"}, {"role": "user", "content": "?"}]
-    header = "<|start_header_id|>%s<|end_header_id|>\n\n"
-    written = {
-        "llama3": header % "system" + "Be<|eot_id|>" + header % "user" + "Hi<|eot_id|>" + header % "assistant"
-                  + "Yo<|eot_id|>" + header % "user" + "?<|eot_id|>" + header % "assistant",
-        "chatml": "<|im_start|>system\n Be <|im_end|>\n<|im_start|>user\nHi\n<|im_end|>\n"
-                  "<|im_start|>assistant\nYo<|im_end|>\n<|im_start|>user\n?<|im_end|>\n"
-                  "<|im_start|>assistant\n",
-        "zephyr": "<|system|>\n Be <|endoftext|>\n<|user|>\nHi\n<|endoftext|>\n"
-                  "<|assistant|>\nYo<|endoftext|>\n<|user|>\n?<|endoftext|>\n<|assistant|>\n",
-        "plain": " Be \nHi\n\nYo\n?\n"}
-    for chat, text in written.items():
-        tokenizer = read_tokenizer(directory, chat)
-        names = {i: name for name, i in tokenizer.special_tokens.items()}
-        def spell(ids):
-            return "".join(names.get(i) or tokenizer.decode([i]) for i in ids)
-        assert spell(tokenizer.prompt(turns)) == text
-        ends = {"plain": "!<|endoftext|>", "llama3": "!<|eot_id|>", "chatml": "!<|im_end|>\n"}
-        assert spell(tokenizer.prompt(turns, "!")) == text + ends.get(chat, "!<|endoftext|>\n")
-        assert tokenizer.prompt("Hi") == tokenizer.prompt([{"role": "user", "content": "Hi"}])
+    for turn in turns:
+        content = turn["content"].strip() if chat == "llama3" else turn["content"]
+        text += before.format(turn["role"]) + content + after
+    names = {i: name for name, i in tokenizer.special_tokens.items()}
+    for answer, expected in ((None, ""), ("!", "!" + end)):
+        spelled = "".join(names.get(i) or tokenizer.decode([i]) for i in tokenizer.prompt(turns, answer))
+        assert spelled == text + before.format("assistant") + expected
+    assert tokenizer.prompt("Hi") == tokenizer.prompt([{"role": "user", "content": "Hi"}])
     for bad in ([{"role": "tool", "content": "x"}], [{"role": "user"}], [{"role": "user", "content": 3}]):
         with pytest.raises(InputError, match="a message needs"):
             tokenizer.prompt(bad)
 
-def test_a_system_message_of_its_own_as_in_the_template_of_smollm2(tmp_path):
-    transformers = pytest.importorskip("transformers")
-    directory = byte_level(tmp_path, settings={"chat_template": SMOLLM2_TEMPLATE})
-    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
-    ours, plain = read_tokenizer(directory), read_tokenizer(directory)
-    ours.system = SMOLLM2_SYSTEM
-    user, system = {"role": "user", "content": "Hi\n"}, {"role": "system", "content": " Be brief. "}
-    turns = [user, {"role": "assistant", "content": "Yo"}, user]
-    for messages in ([user], turns, [system, user], [system, *turns], [user, system, user]):
-        for more, answer in ([], None), ([{"role": "assistant", "content": " Hello"}], " Hello"):
-            expected = theirs.apply_chat_template(
-                [*messages, *more], add_generation_prompt=not more, return_dict=False)
-            assert ours.prompt(messages, answer) == expected
-    assert ours.prompt("Hi\n") == ours.prompt([user]) and ours.raw("Hi\n") == plain.raw("Hi\n")
+def test_a_system_message_of_its_own(tmp_path):
+    """Written out as the template of SmolLM2 gives it: its own message, unless the first turn is one."""
+    tokenizer = read_tokenizer(byte_level(tmp_path, merges=()), "chatml")
+    user, system = {"role": "user", "content": "Hi"}, {"role": "system", "content": "Be brief."}
+    plain, begun = tokenizer.prompt([user, system]), tokenizer.prompt([system, user])
+    tokenizer.system = PRESETS["smollm2-135m-instruct"].settings["system"]
+    told = tokenizer.encode("system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face")
+    start, newline = tokenizer.special_tokens["<|im_start|>"], tokenizer.encode("\n")
+    before = [start, *told, tokenizer.end, *newline]
+    assert tokenizer.prompt([user, system]) == before + plain and tokenizer.prompt([system, user]) == begun
+    assert tokenizer.raw("Hi") == tokenizer.encode("Hi")
 
-def test_zephyr_sections(tmp_path):
-    """Zephyr's own kind of tokenizer: <|user|> is plain text, and each stretch of text gets its own "▁"."""
-    tokenizer = read_tokenizer(sentence_piece(tmp_path), "zephyr")
-    first, second = "<|user|>\na </s>", "\n<|assistant|>\n"
-    assert tokenizer.prompt("a </s>") == [1, *tokenizer.encode(first), 2, *tokenizer.encode(second)]
-    assert tokenizer.answer("a") == [*tokenizer.encode("a", start=False), 2]
-    modern = read_tokenizer(sentence_piece(tmp_path, normalizer=None, pre_tokenizer=METASPACE), "zephyr")
-    assert modern.prompt("a") == [1, *modern.encode("<|user|>\na"), 2, *modern.encode(second, start=False)]
+@pytest.mark.parametrize("scheme, at_once, later", [
+    ("legacy", True, True), ("always", True, True), ("first", True, False), ("never", False, False)])
+def test_zephyr_sections(scheme, at_once, later, tmp_path):
+    """Zephyr's own kind of tokenizer: <|user|> is plain text. Which stretches of text get a "▁"?"""
+    pre = METASPACE | {"prepend_scheme": scheme}
+    style = {} if scheme == "legacy" else {"normalizer": None, "pre_tokenizer": pre}
+    tokenizer = read_tokenizer(sentence_piece(tmp_path, **style), "zephyr")
+    marked = [("▁" if mark else "") + text for mark, text in
+              ((at_once, "<|user|>\na▁</s>"), (later, "\n<|assistant|>\n"))]
+    first, second = (tokenizer.encode(text, start=False) for text in marked)
+    assert tokenizer.prompt("a </s>") == [1, *first, 2, *second]
 
 def test_chat_is_recognised(tmp_path):
     for template, chat in [
@@ -404,13 +359,14 @@ def test_bos_and_stop_ids(tmp_path):
     add = {"add_bos_token": True, "bos_token": "<|begin_of_text|>"}
     for processor, config, expected in [  # the post-processor alone decides, as in transformers 5
             (None, {}, None), (BOS, {}, 260), (both, {}, 260), (None, add, None)]:
-        tokenizer = read_tokenizer(byte_level(tmp_path, post_processor=processor, settings=config))
+        directory = byte_level(tmp_path, extra=["None"], post_processor=processor, settings=config)
+        tokenizer = read_tokenizer(directory)
         assert tokenizer.bos == expected
         assert tokenizer.raw("a")[:-1] == ([] if expected is None else [expected])
         assert tokenizer.prompt("a") == tokenizer.raw("a\n")
     (tmp_path / "config.json").write_text('{"eos_token_id": 7}')
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 259]}')
-    assert read_tokenizer(tmp_path, "chatml").stop_ids == (265, 259, 8, 7)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [8, 260]}')
+    assert read_tokenizer(tmp_path, "chatml").stop_ids == (266, 260, 8, 7)
     for bad, told in (('"x"', "eos_token_id must"), ("1" * 30, "eos_token_id must"), ("[" * 999, "JSON")):
         (tmp_path / "generation_config.json").write_text('{"eos_token_id": %s}' % bad)
         with pytest.raises(InputError, match=f"generation_config.json: .*{told}"):
@@ -418,21 +374,12 @@ def test_bos_and_stop_ids(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 5000}')
     (tmp_path / "tokenizer_config.json").unlink()
     tokenizer = read_tokenizer(tmp_path)
-    assert tokenizer.stop_ids == (5000, 7) and tokenizer.vocab_size == 5001
+    assert tokenizer.stop_ids == (5000, 7) and tokenizer.vocab_size == 5001  # no eos_token is not "None"
     assert tokenizer.decode([6, 7]) == tokenizer.decode([6]) != ""
     (tmp_path / "config.json").unlink()
     (tmp_path / "generation_config.json").unlink()
     with pytest.raises(InputError, match="eos_token"):
         read_tokenizer(tmp_path)
-
-def test_gpt2_ends_with_its_end_token_not_with_the_word_none(tmp_path):
-    tiny.write_tokenizer(tmp_path)
-    tree = json.loads((tmp_path / "tokenizer.json").read_text())
-    end = tree["added_tokens"][0]["id"]
-    tree["model"]["vocab"]["None"] = end + 1
-    write(tmp_path, tree, {"model_max_length": 1024})
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": end}))
-    assert read_tokenizer(tmp_path).stop_ids == (end,)
 
 def test_decode(tmp_path):
     for directory in (byte_level(tmp_path / "a"), sentence_piece(tmp_path / "b")):
@@ -444,9 +391,8 @@ def test_decode(tmp_path):
             assert text.startswith(tokenizer.decode(ids[:n]).rstrip("\ufffd"))
         assert tokenizer.decode(tokenizer.encode("é")[-1:]) == "\ufffd"
         assert tokenizer.encode("\ud83d\udc4d") == tokenizer.encode("👍")
-        for text in ODD:  # half a surrogate pair is no character
-            clean = "".join("\ufffd" if 0xD800 <= ord(c) < 0xE000 else c for c in text)
-            assert tokenizer.decode(tokenizer.encode(text, start=False)) == clean
+        halves = tokenizer.encode("What is \ud800 and \udfff?", start=False)  # no characters
+        assert tokenizer.decode(halves) == "What is \ufffd and \ufffd?"
     tokenizer = read_tokenizer(tmp_path / "a")
     ids = [tokenizer.special_tokens[name] for name in ("<tool>", "<|im_end|>")]
     assert tokenizer.decode(ids) == "<tool>"
@@ -475,25 +421,22 @@ REFUSED = {  # what the message says: changes of a tokenizer.json
         [{"content": "x"}], 5, [{"content": "a", "id": 9999}])],
     "the id of an ordinary one": [{"added_tokens": [{"id": 7, "content": "<x>", "special": True}]}]}
 
-@pytest.mark.parametrize("message", REFUSED)
+REFUSED_PIECES = {  # of a SentencePiece tokenizer
+    "its normalizer and pre_tokenizer": [
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": " "}, "content": "▁"}},
+        {"normalizer": None}, {"pre_tokenizer": METASPACE},
+        {"normalizer": None, "pre_tokenizer": METASPACE | {"replacement": "_"}},
+        {"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "x"}}],
+    "byte tokens": [{"merges": [("<0x41>", "a")]}]}
+
+@pytest.mark.parametrize("message", [*REFUSED, *REFUSED_PIECES])
 def test_refused_tokenizers(tmp_path, message):
-    for change in REFUSED[message]:
-        byte_level(tmp_path, **change)
+    make, changes = (byte_level, REFUSED) if message in REFUSED else (sentence_piece, REFUSED_PIECES)
+    for change in changes[message]:
+        make(tmp_path, **change)
         with pytest.raises(InputError, match=rf"tokenizer\.json.*{message}") as caught:
             read_tokenizer(tmp_path)
         assert str(caught.value).isprintable()
-
-STYLE = "tokenizer.json: its normalizer and pre_tokenizer"
-
-@pytest.mark.parametrize("change, message", [
-    ({"normalizer": {"type": "Replace", "pattern": {"Regex": " "}, "content": "▁"}}, STYLE),
-    ({"normalizer": None}, STYLE), ({"pre_tokenizer": METASPACE}, STYLE),
-    ({"normalizer": None, "pre_tokenizer": METASPACE | {"replacement": "_"}}, STYLE),
-    ({"normalizer": None, "pre_tokenizer": METASPACE | {"prepend_scheme": "x"}}, STYLE),
-    ({"merges": [("<0x41>", "a")]}, "byte tokens")])
-def test_refused_sentence_piece(tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
-        read_tokenizer(sentence_piece(tmp_path, **change))
 
 @pytest.mark.parametrize("name, contents", [
     ("tokenizer.json", ["", "[]", "{", "\xff", "[" * 100_000]),
@@ -528,23 +471,19 @@ def read_and_use(directory):
         for i in ids + tokenizer.prompt(text) + tokenizer.answer(text):
             assert type(i) is int and 0 <= i < tokenizer.vocab_size
 
-@pytest.mark.parametrize("kind", ["byte level", "all of it", "sentence piece", "tiny"])
+@pytest.mark.parametrize("kind", ["byte level", "sentence piece"])
 def test_any_tokenizer_json_is_read_or_refused(kind, tmp_path):
-    if kind == "all of it":
+    if kind == "byte level":
         byte_level(tmp_path, normalizer={"type": "NFC"}, post_processor=BOS, ignore_merges=True,
                    extra=["cat"], pre_tokenizer=sequence(LETTERS, DIGITS, GPT2_BYTES))
     else:
-        makers = {"byte level": byte_level, "sentence piece": sentence_piece, "tiny": tiny.write_tokenizer}
-        makers[kind](tmp_path)
+        sentence_piece(tmp_path)
     path = tmp_path / "tokenizer.json"
     tree = json.loads(path.read_text())
-    small = [key for key in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor") if tree[key]]
-    @st.composite
-    def one_part(draw):  # vocab and merges are most of the file, and the least interesting part
-        key = draw(st.sampled_from(small))
-        return {**tree, key: draw(mutated(tree[key]))}
-    @fuzz(50)
-    @given((mutated(tree) | one_part()).map(dumped) | damaged(path.read_bytes()))
+    small = {key: value for key, value in tree.items() if key != "model"}  # the model is most of the file
+    @fuzz(80)
+    @given((mutated(tree) | mutated(small).map(lambda part: {**tree, **part})).map(dumped)
+           | damaged(path.read_bytes()))
     def check(content):
         path.write_bytes(content)
         read_and_use(tmp_path)
@@ -557,21 +496,18 @@ SIDE_FILES = {
     "special_tokens_map.json": {"eos_token": "<|im_end|>", "bos_token": {"content": "<|endoftext|>"}},
     "config.json": {"eos_token_id": 257}}
 
-@pytest.mark.parametrize("name", SIDE_FILES)
-def test_any_file_beside_the_tokenizer_is_read_or_refused(name, tmp_path):
-    byte_level(tmp_path)
-    (tmp_path / "tokenizer_config.json").unlink()
+RANKS = b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))
+
+@pytest.mark.parametrize("name", [*SIDE_FILES, "tokenizer.model"])
+def test_any_other_file_is_read_or_refused(name, tmp_path):
+    contents = damaged(RANKS)
+    if name in SIDE_FILES:
+        contents = mutated(SIDE_FILES[name]).map(dumped) | damaged(dumped(SIDE_FILES[name]))
+        byte_level(tmp_path)
+        (tmp_path / "tokenizer_config.json").unlink()
     @fuzz(40)
-    @given(mutated(SIDE_FILES[name]).map(dumped) | damaged(dumped(SIDE_FILES[name])))
+    @given(contents)
     def check(content):
         (tmp_path / name).write_bytes(content)
         read_and_use(tmp_path)
     check()
-
-@fuzz(40)
-@given(damaged(b"".join(b"%s %d\n" % (base64.b64encode(bytes([i])), i) for i in range(256))))
-def test_any_rank_file_is_read_or_refused(tmp_path_factory, content):
-    directory = tmp_path_factory.getbasetemp() / "ranks"
-    directory.mkdir(exist_ok=True)
-    (directory / "tokenizer.model").write_bytes(content)
-    read_and_use(directory)
