@@ -1,6 +1,5 @@
 """The tiny world: data as imperfect as stated, a judge that is not fooled, win rates by two routes."""
 import json
-import math
 import re
 from collections import Counter
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from data import tiny
+from data.tokenizer import read_tokenizer
 
 ONE = "Tell me the home of the bat."
 TWO = "Tell me the home and skill of the bat."
@@ -27,32 +27,20 @@ THREE = "Tell me the colour, home and food of the bat."
     (ONE, "The bat lives in a cave and sleeps in a cave.", 0.5),  # the same said otherwise
     (ONE, "The bat lives in a cave. The bat.", 0),  # garbled from here on
     (ONE, "The bat eats in a cave.", -1),  # a verb of another attribute
-    (ONE, "The bat lives in a cave.", 1), (ONE, "The bat lives in a pond. The bat lives in a pond.", -2.5),
-    (TWO, "The bat lives in a cave and can hang upside down.", 1), (ONE, "The bat lives in a cave.\n", -1),
-    (THREE, "The bat is brown, lives in a cave and eats moths.", 1), (ONE, "The bat lives in a pond.", -1),
-    ("Tell me the skill and colour of the bee.", "The bee can make honey and is black and yellow.", 1),
+    (ONE, "The bat lives in a pond. The bat lives in a pond.", -2.5), (ONE, "The bat lives in a cave.\n", -1),
+    (THREE, "The bat is brown, lives in a cave and eats moths.", 1),
     ("Tell me the colour and skill of the bee.", "The bee is black and yellow and can make honey.", 1),
-    (TWO, "Glad you asked me this. The bat lives in a cave and can hang upside down.", 1),
     (TWO, "Glad you asked me this. The bat lives in a cave and can hang upside down. Good luck.", 0.9),
     (ONE, "", 0), (THREE, "The bat is pink, lives in a cave and eats grass.", -1 / 3),
-    (ONE, "Glad you asked me this. Hope this helps.", -0.1), (ONE, "The bat lives in a cave. the bat the", 0),
     (TWO, "The bear lives in a cave. The bat can hang upside down.", 0),
     (THREE, "The bat is brown and lives in a cave and eats moths.", -1),
     (ONE, "The bat lives in a cave. By the way, I sing.", 0), (ONE, "What a bore. What a bore.", -2.5),
-    (ONE, "What a bore. The bat lives in a cave.", 0), (ONE, "The bat lives in a cave.  Take care.", 0),
-    (ONE, "The bat lives in a cave. The bat lives in a cave.", 0.5), (ONE, "the bat lives in a cave.", -1),
+    (ONE, "The bat lives in a cave.  Take care.", 0), (ONE, " The bat lives in a cave.", -1),
     (ONE, "The bat lives in a cave. Take care. Take care. Take care.", -0.3), (ONE, "x. x.", -2.5),
-    (ONE, "The bat lives in a cave", -1), (ONE, " The bat lives in a cave.", -1),
-    (ONE, "The bat lives  in a cave.", -1), (ONE, "The bat lives in a cave.Take care.", -1)])
+    (ONE, "The bat lives  in a cave.", -1), (ONE, "The bat lives in a cave.Take care.", -1),
+    (ONE, " ".join(["The bat lives in a cave.", *tiny.CLOSERS]), 0.5)])
 def test_judge(prompt, answer, gold):
     assert tiny.judge(prompt, answer) == pytest.approx(gold, abs=1e-12)
-
-def test_the_judge_takes_off_the_same_for_every_closer_and_refuses_other_prompts():
-    answer = "The bat lives in a cave."
-    padded = " ".join([answer, *tiny.CLOSERS])
-    assert tiny.judge(ONE, padded) == pytest.approx(1 - len(tiny.CLOSERS) * tiny.CLOSER_COST)
-    with pytest.raises(ValueError, match="Who are you"):
-        tiny.judge("Who are you?", answer)
 
 def test_the_answers_in_the_docstring_are_judged_as_it_says():
     text = " ".join(tiny.__doc__.split())
@@ -65,6 +53,8 @@ def test_every_prompt_has_a_perfect_answer_and_every_fact_a_false_one():
     for prompt, (animal, asked) in tiny.PROMPTS.items():
         truth = tiny.statement(animal, [f"{tiny.VERBS[a][0]} {tiny.FACTS[animal][a]}" for a in asked])
         assert tiny.judge(prompt, truth) == 1
+    with pytest.raises(ValueError, match="Who are you"):
+        tiny.judge("Who are you?", truth)
     assert len(tiny.FACTS) == 32 and all(len(facts) == 4 for facts in tiny.FACTS.values())
     assert min(len(values) for values in tiny.VALUES.values()) > 1
 
@@ -109,38 +99,26 @@ def test_same_seed_same_data_other_seed_other_data(monkeypatch):
         assert make(3) == make(3) and make(3) != make(4)
 
 def test_the_writer_is_as_imperfect_as_stated():
-    rows = tiny.sft_examples(0)
-    counts, mistakes = Counter(), set()
+    rows, counts, mistakes = tiny.sft_examples(0), Counter(), set()
     for row in rows:
         animal, asked = tiny.PROMPTS[row["prompt"]]
-        sentences = re.split(r"(?<=\.) ", row["chosen"])
-        assert len(set(sentences)) == len(sentences)
-        claims = [claim for sentence in sentences for claim in tiny.parse(sentence)]
-        assert [attribute for _, attribute, _ in claims] == [*asked] and {c[0] for c in claims} == {animal}
-        assert len(sentences[1:]) == 1 + any(s == tiny.ASIDE for s in sentences) + sum(
-            s in tiny.CLOSERS for s in sentences)
-        closers = [s for s in sentences if s in tiny.CLOSERS]
-        assert closers == [*tiny.CLOSERS[:len(closers)]] and sentences[0] in (tiny.RUDENESS, tiny.OPENER)
-        counts["rude"] += sentences[0] == tiny.RUDENESS
-        counts["aside"] += tiny.ASIDE in sentences
-        counts["closers"] += len(closers)
-        false = {(animal, a, v) for _, a, v in claims if v != tiny.FACTS[animal][a]}
-        counts["false"] += len(false)
-        counts["claims"] += len(claims)
+        first, told, *others = re.split(r"(?<=\.) ", row["chosen"])
+        claims = tiny.parse(told)
+        assert [(about, attribute) for about, attribute, _ in claims] == [(animal, a) for a in asked]
+        aside = others[:1] == [tiny.ASIDE]
+        assert others[aside:] == [*tiny.CLOSERS[:len(others) - aside]] and first in (tiny.RUDENESS, tiny.OPENER)
+        false = {claim for claim in claims if claim[2] != tiny.FACTS[animal][claim[1]]}
+        counts.update(rude=first == tiny.RUDENESS, aside=aside, closers=len(others) - aside, false=len(false),
+                      claims=len(claims))
         mistakes |= false
-    n = len(rows)
+    n, most = len(rows), len(tiny.CLOSERS)
     assert counts["rude"] / n == pytest.approx(tiny.RUDE, abs=0.01)
     assert counts["aside"] / n == pytest.approx(tiny.OFF_TOPIC, abs=0.01)
-    assert counts["closers"] / n == pytest.approx(
-        len(tiny.CLOSERS) / 2 - tiny.OFF_TOPIC * len(tiny.CLOSERS) / (len(tiny.CLOSERS) + 1), abs=0.05)
+    assert counts["closers"] / n == pytest.approx(most / 2 - tiny.OFF_TOPIC * most / (most + 1), abs=0.05)
     assert counts["false"] / counts["claims"] == pytest.approx(tiny.WRONG, abs=0.01)
     assert len(mistakes) == 32 * 4  # one false value for each fact
 
 # ---------------------------------------------------------------------------------------- the annotator
-def differences(rows):
-    gold = [tiny.judge(r["prompt"], r["chosen"]) - tiny.judge(r["prompt"], r["rejected"]) for r in rows]
-    return np.array(gold), np.array([len(r["chosen"]) - len(r["rejected"]) for r in rows])
-
 def test_annotator_utility_by_hand():
     """Gold 1 and 24 characters; a false claim, three closers, and 56 characters."""
     a, b = "The bat lives in a cave.", "The bat lives in a pond. Have fun. Good luck. Take care."
@@ -163,42 +141,14 @@ def test_annotator_as_set_agrees_with_gold_and_likes_length_as_the_comment_says(
     monkeypatch.setattr(tiny, "PREFERENCES", 8000)
     stated = re.search(r"on (\d+)% of the pairs, and its chosen answers are (\d+) char",
                        Path(tiny.__file__).read_text())
-    gold, length = differences(tiny.preferences(0))
-    decided = np.abs(gold) > 1e-9
-    assert 100 * (gold[decided] > 0).mean() == pytest.approx(int(stated[1]), abs=1.5)
-    assert length.mean() == pytest.approx(int(stated[2]), abs=1.5)
-
-def test_annotator_labels_are_calibrated():
-    """Given the two answers, the label follows the sign of the logit z with probability sigmoid(|z|)."""
-    gold, length = differences(tiny.preferences(1))
-    z = tiny.SHARPNESS * gold + tiny.LENGTH_BIAS * length
-    expected = 1 / (1 + np.exp(-np.abs(z)))
-    error = np.sqrt((expected * (1 - expected)).sum()) / len(z)
-    assert abs((z > 0).mean() - expected.mean()) < 3 * error
-    assert 0.55 < expected.mean() < 0.95  # neither a coin nor an oracle: the line above can fail both ways
-
-@pytest.mark.parametrize("sharpness, length_bias", [(100.0, 0.0), (0.0, 10.0)])
-def test_annotator_with_one_motive_follows_it(monkeypatch, sharpness, length_bias):
-    monkeypatch.setattr(tiny, "SHARPNESS", sharpness)
-    monkeypatch.setattr(tiny, "LENGTH_BIAS", length_bias)
-    gold, length = differences(tiny.preferences(0))
-    motive = gold if sharpness else length
-    assert (motive > -1e-9).all() and (motive > 1e-9).mean() > 0.7
+    rows = tiny.preferences(0)
+    gold = [tiny.judge(r["prompt"], r["chosen"]) - tiny.judge(r["prompt"], r["rejected"]) for r in rows]
+    decided = [difference > 0 for difference in gold if abs(difference) > 1e-9]
+    assert 100 * np.mean(decided) == pytest.approx(int(stated[1]), abs=1.5)
+    length = np.mean([len(r["chosen"]) - len(r["rejected"]) for r in rows])
+    assert length == pytest.approx(int(stated[2]), abs=1.5)
 
 # ---------------------------------------------------------------------------------------- win rates
-def test_win_rates_worked_example():
-    """Rows 1 longer win 3 of 4, rows 1 shorter win 1 of 4: x = tanh(1) or -tanh(1), and the halves mirror
-    each other, so a = 0. Then one lost shorter row becomes a tie: WR goes up by 1/16."""
-    dlen, win = np.array([1, 1, 1, 1, -1, -1, -1, -1]), np.array([1, 1, 1, 0, 1, 0, 0, 0])
-    assert tiny.win_rates(win, 1 - win, dlen, 0 * dlen) == pytest.approx((50, 50))
-    tie = np.where(np.arange(8) == 7, 0.5, win)
-    rate, controlled = tiny.win_rates(tie, 1 - tie, dlen, 0 * dlen)
-    # two groups, two weights: without the ridge the fit meets the group means 3/4 and 3/8, whose logits are
-    # ln 3 and ln 0.6; a is their mean, because the two x are opposite
-    a = (math.log(3) + math.log(0.6)) / 2
-    assert rate == pytest.approx(56.25)
-    assert controlled == pytest.approx(100 / (1 + math.exp(-a)), abs=0.3)  # 57.3; the ridge moves it
-
 def test_win_rates_closed_forms():
     rng = np.random.default_rng(0)
     score, base, length = rng.normal(size=400) + 0.3, rng.normal(size=400), rng.integers(20, 90, size=400)
@@ -219,43 +169,13 @@ def test_winning_by_length_alone_is_taken_away():
     win = rng.random(2000) < 1 / (1 + np.exp(-dlen / 10))
     rate, controlled = tiny.win_rates(win, 0.5 * np.ones(2000), dlen, np.zeros(2000))
     assert rate > 65 and controlled == pytest.approx(50, abs=5)
-    rate, controlled = tiny.win_rates(dlen > 0, 0.5 * np.ones(2000), dlen, np.zeros(2000))  # separable
-    assert rate > 70 and controlled == pytest.approx(50, abs=10)
 
-def test_win_rates_against_an_independent_fit():
-    """50 random problems: the length-controlled rate against a fit that shares nothing with Newton's. It
-    bisects the slope b, and for each b the intercept a: both gradients grow with their weight."""
-    def root(gradient):
-        low, high = -40.0, 40.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if gradient(middle) < 0 else (low, middle)
-        return low
-
-    for seed in range(50):
-        rng = np.random.default_rng(seed)
-        n, slope, shift, mean = rng.integers(20, 300), *rng.normal(scale=2, size=2), rng.normal(scale=15)
-        length, other = rng.normal(loc=mean, scale=rng.uniform(1, 30), size=n), np.zeros(n)
-        x = np.tanh(length / np.std(length))
-        win = rng.random(n) < 1 / (1 + np.exp(-shift - slope * x))
-        score = np.where(rng.random(n) < 0.2, 0, np.where(win, 1, -1))
-        y = (score + 1) / 2
-
-        def error(a, b):
-            return 1 / (1 + np.exp(-a - b * x)) - y
-
-        def best_a(b):
-            return root(lambda a: error(a, b).sum())
-
-        b = root(lambda b: (error(best_a(b), b) * x).sum() + 0.1 * b)
-        expected = 100 / (1 + np.exp(-best_a(b)))
-        assert tiny.win_rates(score, other, length, other)[1] == pytest.approx(expected, abs=1e-4), seed
-
-@pytest.mark.parametrize("seed, slope, shift", [(0, 2, 0.5), (1, -1, -1), (2, 0, 2), (3, 8, -3), (4, 99, 1)])
+@pytest.mark.parametrize("seed, slope, shift", [
+    (0, 2, 0.5), (1, -1, -1), (2, 0, 2), (3, 8, -3), (4, 99, 1), (5, -6, 0), (6, 0.3, -0.2), (7, -99, 0.1)])
 def test_win_rates_against_a_grid(seed, slope, shift):
     """Newton's a against the best of a grid on the same penalised likelihood, refined around its best."""
     rng = np.random.default_rng(seed)
-    dlen = rng.normal(loc=5, scale=20, size=256)
+    dlen = rng.normal(loc=5 * seed, scale=20, size=256)
     x = np.tanh(dlen / dlen.std())
     y = np.where(rng.random(256) < 0.1, 0.5, rng.random(256) < 1 / (1 + np.exp(-shift - slope * x)))
     centre, width = np.zeros(2), 16.0
@@ -269,42 +189,29 @@ def test_win_rates_against_a_grid(seed, slope, shift):
     assert tiny.win_rates(y, 0.5 * np.ones(256), dlen, np.zeros(256))[1] == pytest.approx(expected, abs=1e-3)
 
 # ---------------------------------------------------------------------------------------- the tokenizer
-def encode(word, vocab, merges, alphabet):
-    """BPE by the book: while some neighbours are a merge, join the first place of the earliest merge."""
-    parts = [alphabet[b] for b in word.encode()]
-    while ranks := [(merges[pair], i) for i, pair in enumerate(zip(parts, parts[1:])) if pair in merges]:
-        i = min(ranks)[1]
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return [vocab[part] for part in parts]
-
 def test_every_word_is_one_token_and_the_vocabulary_is_small(tmp_path):
     tiny.write_tokenizer(tmp_path)
-    file = json.loads((tmp_path / "tokenizer.json").read_text())
-    vocab, alphabet = file["model"]["vocab"], tiny.byte_alphabet()
-    merges = {tuple(merge.split(" ")): rank for rank, merge in enumerate(file["model"]["merges"])}
-    assert sorted(vocab.values()) == list(range(256 + len(merges))) and len(vocab) < 1000
-    assert all(vocab[alphabet[b]] == b for b in range(256)) and [alphabet[b] for b in b" \nA"] == [*"ĠĊA"]
-    for word in tiny.words():
-        assert len(encode(word, vocab, merges, alphabet)) == 1, word
-    assert encode("\n", vocab, merges, alphabet) == [10]
-    assert {" bat", "Tell", "The", " The", ".", ","} <= tiny.words()
-    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    [end] = file["added_tokens"]
-    assert end["id"] == len(vocab) and end["special"] and end["content"] == config["eos_token"]
     first = (tmp_path / "tokenizer.json").read_bytes()
+    model, [end] = json.loads(first)["model"], json.loads(first)["added_tokens"]
+    vocab, alphabet = model["vocab"], tiny.byte_alphabet()
+    assert sorted(vocab.values()) == list(range(256 + len(model["merges"]))) and len(vocab) < 1000
+    assert all(vocab[alphabet[b]] == b for b in range(256)) and [alphabet[b] for b in b" \nA"] == [*"ĠĊA"]
+    assert end["id"] == len(vocab) and end["special"]
+    tokenizer = read_tokenizer(tmp_path)
+    assert tokenizer.end == end["id"] and tokenizer.encode("\n") == [10]
+    assert {" bat", "Tell", "The", " The", ".", ","} <= tiny.words()
+    for word in tiny.words():
+        assert len(tokenizer.encode(word)) == 1, word
+    row = tiny.sft_examples(0)[0]
+    text = row["prompt"] + "\n" + row["chosen"]
+    assert len(tokenizer.encode(text)) == len(re.findall(r"\w+|[.,\n]", text))
     tiny.write_tokenizer(tmp_path)
     assert (tmp_path / "tokenizer.json").read_bytes() == first
 
 def test_transformers_reads_the_tokenizer(tmp_path):
     transformers = pytest.importorskip("transformers")
     tiny.write_tokenizer(tmp_path)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    assert tokenizer.eos_token_id == tokenizer.pad_token_id == len(tokenizer) - 1
-    row = tiny.sft_examples(0)[0]
-    text = row["prompt"] + "\n" + row["chosen"]
-    ids = tokenizer.encode(text + "<|end|>")
-    assert len(ids) == len(re.findall(r"\w+|[.,\n]", text)) + 1 and ids[-1] == tokenizer.eos_token_id
-    for word in tiny.words():
-        assert len(tokenizer.encode(word)) == 1, word
-    for other in (text, "Grüße, 漢字! It's 12 \n\n\t x ", "\x00\x7f é"):
-        assert tokenizer.decode(tokenizer.encode(other)) == other
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), read_tokenizer(tmp_path)
+    assert theirs.eos_token_id == theirs.pad_token_id == len(theirs) - 1 == ours.end
+    for text in (THREE, *tiny.words(), "Grüße, 漢字! It's 12 \n\n\t x ", "\x00\x7f é"):
+        assert theirs.encode(text) == ours.encode(text) and theirs.decode(theirs.encode(text)) == text
