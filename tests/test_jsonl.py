@@ -50,9 +50,6 @@ def test_all_fields_of_a_prompt_are_read_or_refused(row, expected, tmp_path):
             jsonl.read_prompts(tmp_path / "rows.jsonl")
     else:
         assert jsonl.read_prompts(tmp_path / "rows.jsonl")[-1][1] == expected
-        assert jsonl.prompt_of(row, "") == expected
-        if row["output" if "output" in row else "chosen"] != "Yes":
-            assert jsonl.preference(row, "").prompt == expected
 
 def test_any_json_lines_are_read_or_refused(tmp_path):
     path, changed = tmp_path / "rows.jsonl", mutated(ROWS, 2).filter(bool)

@@ -222,12 +222,9 @@ def test_stories_tokenizer():
         assert ours.decode(ours.encode(text, start=False)) == text
     check_against_hugging_face(STORIES, st.text("Once upon\n", max_size=40))
 
-@pytest.fixture(scope="module")
-def llama3():
-    return read_tokenizer(LLAMA3, "llama3")
-
 @needs_llama3
-def test_llama3_rank_file(llama3):
+def test_llama3_rank_file_and_what_transformers_makes_of_it(tmp_path):
+    llama3 = read_tokenizer(LLAMA3, "llama3")
     lines = (LLAMA3 / "tokenizer.model").read_bytes().split(b"\n")
     ranks = {base64.b64decode(a): int(b) for a, b in (line.split() for line in lines if line)}
     plain = tiktoken.Encoding("x", pat_str=code.LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -239,9 +236,6 @@ def test_llama3_rank_file(llama3):
     # 882 "user", 271 "\n\n", 6151 "hi", 78191 "assistant"
     assert llama3.prompt(" hi\n") == [
         128000, 128006, 882, 128007, 271, 6151, 128009, 128006, 78191, 128007, 271]
-
-@needs_llama3
-def test_llama3_as_converted_by_transformers(tmp_path, llama3):
     converters = pytest.importorskip("transformers.convert_slow_tokenizer")
     converter = converters.TikTokenConverter(str(LLAMA3 / "tokenizer.model"), code.LLAMA3_PATTERN,
                                              extra_special_tokens=["<|begin_of_text|>", "<|end_of_text|>"])
