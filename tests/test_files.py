@@ -28,7 +28,7 @@ def test_a_cut_last_line_is_taken_out_and_whole_rows_stay(tmp_path):
     for value in (1.5, float("nan")):
         files.append_row(path, {"a": value})
     with open(path, "ab") as file:
-        file.write(b'{"a": 2, "b": "\xc3')
+        file.write(b'{"a": 2, "b": "\xc3\n{"a": 3}')  # damaged, and cut short before the end of the line
     assert files.whole_rows(path) == [{"a": 1.5}, {"a": None}]
     assert path.read_bytes() == b'{"a": 1.5}\n{"a": null}\n'
 

@@ -134,7 +134,7 @@ def test_annotator_scores_are_utilities_with_logistic_noise():
     coin = np.random.default_rng(0).choice([-1, 1], len(rows))
     noise = np.sort(coin * (gap - clean))
     rank = (np.arange(len(noise)) + 0.5) / len(noise)
-    assert (gap > 0).all()
+    assert (gap > 0).all() and all(r["chosen"] != r["rejected"] for r in rows)
     assert np.abs(1 / (1 + np.exp(-noise)) - rank).max() < 2 / len(noise) ** 0.5  # Kolmogorov-Smirnov, p < 1e-3
 
 def test_annotator_as_set_agrees_with_gold_and_likes_length_as_the_comment_says(monkeypatch):
