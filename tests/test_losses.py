@@ -306,7 +306,7 @@ def test_a_reward_model_with_weights_that_are_no_numbers_is_one_clear_error(worl
 
 # ------------------------------------------------------------------------------------- fDPO
 def filtered(monkeypatch, directory, pairs, own):
-    """(numbers of the pairs that fDPO keeps, prompts that are asked); own: the policy's own reward for each"""
+    """(numbers of the pairs that fDPO keeps, prompts it asks); own: the reward of the policy's own answers"""
     asked, run = [], Bench(directory)
     def sample_answers(run, s, label, policy, prompts, count, stream):
         asked.extend(prompts)

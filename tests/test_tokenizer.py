@@ -436,7 +436,7 @@ RANKS = "".join(f"{base64.b64encode(bytes([i])).decode()} {i}\n" for i in range(
 
 @pytest.mark.parametrize("name, contents", [
     ("tokenizer.json", ["", "[]", "{", "\xff", "[" * 100_000]),
-    ("tokenizer.model", ["IQ== 0\n", "IQ== x\n", "!! 0\n", "\x0a\x0e<unk>\x15", RANKS.replace("255", "300")])])
+    ("tokenizer.model", ["IQ== 0\n", "IQ== x\n", "!! 0\n", "\x0e<unk>\x15", RANKS.replace("255", "300")])])
 def test_damaged_files(tmp_path, name, contents):
     with pytest.raises(InputError, match="no tokenizer.json"):
         read_tokenizer(tmp_path)
