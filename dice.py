@@ -45,7 +45,6 @@ import math
 from collections import Counter, deque
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import groupby
 
 import numpy as np
 import torch
@@ -78,8 +77,7 @@ class Sampling:
 @dataclass
 class Settings:
     # group: the options from here to the next group stand under this title in --help.
-    model: str = path_option("tiny", "a preset, a directory, or ORGANISATION/NAME of the hub", base=True,
-                             group="model and data")
+    model: str = path_option("tiny", "preset, directory, ORGANISATION/NAME", base=True, group="model and data")
     reference: str = path_option("", "what --model was DPO-trained from; if none, DPO comes first", base=True)
     prompts: str = path_option("", "JSON lines, prompts to sample for; without it those of --preferences")
     preferences: str = path_option("", "JSON lines, offline pairs: for the DPO stage and the replay")
@@ -263,12 +261,7 @@ def dice_round(run, t, policy_dir, prev_dir, older_dir=None):
 def prompts_of_round(run, t):
     """The prompts to sample for in round t."""
     # All of them in every round, as in the paper's code. If there are more than --max-prompts, some of them.
-    return draw(run.prompts, run.settings.max_prompts, [run.settings.seed, t])
-
-def draw(items, count, seed):
-    """At most `count` of the items, drawn at random, in their order."""
-    chosen = np.random.default_rng(seed).permutation(len(items))[:count]
-    return [items[i] for i in sorted(chosen)]
+    return jsonl.draw(run.prompts, run.settings.max_prompts, [run.settings.seed, t])
 
 # The number of a stream of random numbers is a part of the seed. Round t samples with stream t. Evaluation
 # and fDPO have others:
@@ -370,8 +363,8 @@ def usable_answers(samples, s):
     # reward model could not read. Of answers with the same text one is used: no text is paired with itself.
     # A prompt with less than min_valid of its answers left gives no pair: most of its answers never end.
     groups, lost = [], Counter()
-    for _, group in groupby(samples, key=lambda x: id(x.prompt)):
-        group = list(group)
+    for start in range(0, len(samples), s.samples):
+        group = samples[start:start + s.samples]
         valid = [x for x in group if x.finish == "stop" and s.min_chars < len(x.text) < s.max_chars
                  and math.isfinite(x.reward)]
         different = list({x.text: x for x in reversed(valid)}.values())  # of equal texts the first sample
@@ -761,6 +754,8 @@ def continued_logprobs(model, prompt_cache, last, rows, answers):
 
 # ------------------------------------------------------------------------------------------------------------
 # The Transformer: GPT-2 and Llama, one forward for training, prefill and decoding
+NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
+
 class Transformer(nn.Module):
     """GPT-2 and Llama differ by fields of model.Config. Parameter names: model.parameter_shapes."""
     def __init__(self, config):
@@ -769,7 +764,7 @@ class Transformer(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.width)
         self.position = nn.Embedding(config.context, config.width) if config.position == "learned" else None
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.layers))
-        self.norm = make_norm(config)
+        self.norm = NORMS[config.norm](config.width, eps=config.eps)
         self.head = None  # tied: the head is the embedding
         if config.num_labels or not config.tied:
             self.head = nn.Linear(config.width, config.num_labels or config.vocab_size, bias=False)
@@ -810,7 +805,7 @@ class Layer(nn.Module):
         super().__init__()
         C, H, G, D = config.width, config.heads, config.kv_heads, config.head_size
         self.config, self.index = config, index
-        self.norm1, self.norm2 = make_norm(config), make_norm(config)
+        self.norm1, self.norm2 = (NORMS[config.norm](C, eps=config.eps) for _ in range(2))
         self.qkv = nn.Linear(C, (H + 2 * G) * D, bias=config.qkv_bias)
         if config.qk_norm:
             self.q_norm, self.k_norm = nn.RMSNorm(D, eps=config.eps), nn.RMSNorm(D, eps=config.eps)
@@ -853,9 +848,6 @@ def rotate(x, cos, sin):
     # are. So a GPU launches five kernels, and not eight. The angles are float32.
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((b, a), dim=-1) * sin).type_as(x)
-
-def make_norm(config):
-    return {"rms": nn.RMSNorm, "layer": nn.LayerNorm}[config.norm](config.width, eps=config.eps)
 
 def build_model(config, weights, dtype):
     """A Transformer of these weights, an iterable of (name, tensor)."""
@@ -1192,7 +1184,7 @@ def sft(run, model_dir):
 def offline_dpo(run, model_dir):
     """DPO on the offline pairs, with the model itself as the reference."""
     s = run.settings
-    pairs = draw(run.offline, s.dpo_steps * s.batch, [s.seed, 0])  # no more are trained on
+    pairs = jsonl.draw(run.offline, s.dpo_steps * s.batch, [s.seed, 0])  # no more are trained on
     add_logprobs(run, "replay", answers_of(pairs), model_dir)
     return train_on_pairs(run, s, 0, model_dir, None, pairs, lr=s.dpo_lr, steps=s.dpo_steps)
 

@@ -109,6 +109,11 @@ def read_prompts(path, contents=None):
         prompts.setdefault(json.dumps(prompt), (where, prompt))
     return list(prompts.values())
 
+def draw(items, count, seed):
+    """At most `count` of the items, drawn at random, in their order."""
+    chosen = np.random.default_rng(seed).permutation(len(items))[:count]
+    return [items[i] for i in sorted(chosen)]
+
 class Preference(NamedTuple):
     where: str  # file and line, for messages
     prompt: str | list

@@ -243,9 +243,10 @@ def verdict(out, metrics):
     elif len(scored) > 1 and scored[-1] in names:
         base, last = judged_stages(out, column="logprob")[-1], scored[-1]
         right = [agrees(out, scored[0], stage) for stage in (base, last)]
-        text = (f"\nNo judge has compared the answers (--judge, or data/judge.py). Of {len(right[0])} pairs that "
-                f"were kept from training, {last} prefers the chosen answer in {interval(right[1])}, {base} in "
-                f"{interval(right[0])}: {compared(right[1] - right[0], 'more', 'less')} often. 50% is chance.\n")
+        differ = compared(right[1] - right[0], "more", "less")
+        text = (f"\nNo judge has compared the answers (--judge, or data/judge.py). Of {len(right[0])} pairs "
+                f"that were kept from training, {last} prefers the chosen answer in {interval(right[1])}, "
+                f"{base} in {interval(right[0])}: {differ} often. 50% is chance.\n")
     for row in rounds:
         text += "".join(f"\n{row['stage']}: WARNING: {warning}\n" for warning in warnings(row, rounds[0]))
     return text
