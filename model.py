@@ -642,8 +642,15 @@ def gathers_once(settings, count, device):
         return settings.offload == "all"
     if world() == 1 and settings.offload != "all":  # nothing travels to another device
         return False
-    state, copies = OFFLOAD[settings.offload][0] / world(), getattr(torch, settings.dtype).itemsize + 4
-    return (state + copies) * count + 10e9 <= torch.cuda.get_device_properties(device).total_memory
+    copies = getattr(torch, settings.dtype).itemsize + 4
+    return fits_on_gpu(settings, count, device, OFFLOAD[settings.offload][0] / world() + copies)
+
+def fits_on_gpu(settings, count, device, size):
+    """Has a GPU room for `size` bytes for each of `count` weights, for the reference network if the loss
+    needs it, and for 10 GB of activations?"""
+    if getattr(settings, "loads_reference", False):
+        size += getattr(torch, settings.dtype).itemsize
+    return size * count + 10e9 <= torch.cuda.get_device_properties(device).total_memory
 
 def before_pass(model, last):
     """Call it before each pass of a training step. If weights are gathered once a step, gradients are given

@@ -8,7 +8,7 @@ import torch
 
 from data.files import InputError
 from data.processes import any_process, cgroup, world
-from model import OFFLOAD, local_shard, parameter_shapes
+from model import OFFLOAD, fits_on_gpu, local_shard, parameter_shapes
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 
@@ -20,8 +20,7 @@ def choose_offload(settings, config, device):
     for way, (on_gpu, _) in OFFLOAD.items():
         fits = way == "no"
         if device.startswith("cuda"):
-            card = torch.cuda.get_device_properties(device).total_memory
-            fits = way == "all" or on_gpu * count / world() + 10e9 <= card
+            fits = way == "all" or fits_on_gpu(settings, count, device, on_gpu / world())
         if settings.offload == way or (settings.offload == "auto" and fits):
             needs[way] = main_memory(settings, config, device, way)
         if not any_process(needs.get(way, math.inf) > free):  # all processes decide the same

@@ -193,6 +193,7 @@ def parse(settings_class, description, losses, argv=None):
     settings = build(settings_class, values)
     settings.of_losses = losses.own  # for what an absent one of them is in the settings.json of an older run
     settings.loss_options = losses.options_of(loss, {k: v for k, v in values.items() if k not in options})
+    settings.loads_reference = losses.needs(loss, "kl")  # the network, to train with it
     settings.out = settings.out or f"out/{os.path.basename(os.path.abspath(settings.model))}"
     resolve(settings)
     if dry_run:

@@ -4,6 +4,7 @@
 """
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from test_runs import moved
 
 import dice
 import model as models
-from data import files, memory, tiny
+from data import files, memory, processes, tiny
 from model import Config
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -102,16 +103,56 @@ def test_training_follows_float32_wherever_its_state_is(tmp_path):
                          device="cuda")
         assert float((close - exact).norm() / exact.norm()) < 0.03, offload
 
-@pytest.mark.parametrize("processes", [0, torch.cuda.device_count()])
+@torch.no_grad()
+def test_moments_that_travel_are_those_that_stay():
+    """The same steps to the byte; the moments are in pinned main memory between the steps."""
+    results = []
+    for offload in (False, True):
+        generator = torch.Generator("cuda").manual_seed(0)
+        weights = [torch.randn(n, 300, device="cuda", generator=generator) for n in (1, 70, 9)]
+        weights = [torch.nn.Parameter(weight) for weight in weights]
+        optimizer = memory.AdamW(weights, offload, lr=0.1, weight_decay=0.0, fused=True)
+        for _ in range(4):
+            for p in weights:
+                p.grad = torch.randn(p.shape, device="cuda", generator=generator)
+            optimizer.step()
+        moments = [optimizer.state[p][key] for p in weights for key in memory.MOMENTS]
+        assert all(x.is_pinned() == offload != x.is_cuda for x in moments)
+        results.append([x.cpu() for x in weights + moments])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+@every_shape
+@pytest.mark.parametrize("count", [1, 8])
+def test_the_rows_that_are_said_to_fit_do_fit(config, count):
+    """All but 3 GB of the GPU is taken. The rows take more than 30% of what is left: they are not too few."""
+    processes.join_processes("cuda")
+    torch.cuda.empty_cache()
+    taken = torch.empty(torch.cuda.mem_get_info()[0] - 3 * 10**9, dtype=torch.uint8, device="cuda")
+    assert any(segment["is_expandable"] for segment in torch.cuda.memory_snapshot())
+    net, rng = on_gpu(replace(config, context=4096)), np.random.default_rng(0)
+    prompts = [dice.Prompt("", ids) for ids in random_ids(rng, *rng.integers(100, 2000, 400), vocab=512)]
+    sampling = dice.Sampling(max_new_tokens=60)
+    rows = memory.rows_in_flight(net, prompts, count, sampling, 10**6)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ids = [prompt.ids for prompt in prompts]
+    answers = list(dice.generate(net, ids, count, sampling, stop_ids=range(4), seed=0, rows=rows))
+    assert len(answers) == 400 * count and torch.cuda.max_memory_allocated() - before > 0.3 * 3e9
+    del taken
+
+def test_the_driver_of_the_gpu_is_known():
+    assert processes.nvidia_driver().replace(".", "").isdigit()
+
+@pytest.mark.parametrize("count", [0, torch.cuda.device_count()])
 @pytest.mark.parametrize("offload", memory.OFFLOAD)
-def test_a_run_from_a_name_to_its_last_checkpoint(processes, offload, tmp_path):
+def test_a_run_from_a_name_to_its_last_checkpoint(count, offload, tmp_path):
     """Without torchrun, and with a process for each GPU."""
     files.write_rows(tmp_path / "pairs.jsonl", tiny.preferences(0)[:200])
     files.write_rows(tmp_path / "prompts.jsonl", ({"prompt": x} for x in tiny.training_prompts(0)[:24]))
-    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}"] if processes else []
+    launch = ["-m", "torch.distributed.run", f"--nproc-per-node={count}"] if count else []
     argv = ("--model smollm2-135m --weights dummy --sft-steps 3 --sft-batch 4 --batch 4 --dpo-steps 3 "
-            f"--steps 3 --rounds 2 --samples 8 --chunk 8 --min-valid 0 --max-new-tokens 200 --offload {offload} "
-            "--out out --preferences pairs.jsonl --prompts prompts.jsonl").split()
+            "--steps 3 --rounds 2 --samples 8 --chunk 8 --min-valid 0 --max-new-tokens 200 "
+            f"--offload {offload} --out out --preferences pairs.jsonl --prompts prompts.jsonl").split()
     command = [sys.executable, *launch, DICE, *argv]
     result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -355,7 +355,7 @@ def test_a_run_killed_while_its_settings_were_written_begins_again(tmp_path):
             pass
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock", "settings.json"}
 
-def test_a_dry_run_plans_and_writes_nothing_and_refuses_a_disk_too_small(tmp_path, monkeypatch, capsys):
+def test_a_dry_run_writes_nothing_and_a_disk_or_memory_too_small_is_refused(tmp_path, monkeypatch, capsys):
     assert small(tmp_path, "--dry-run") == 0
     out, told = capsys.readouterr()
     assert "reading the data" in told and "stand in" not in told
@@ -368,6 +368,11 @@ def test_a_dry_run_plans_and_writes_nothing_and_refuses_a_disk_too_small(tmp_pat
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert small(tmp_path, "--dry-run") == 2 and "of disk" in capsys.readouterr().err
+    monkeypatch.setattr(memory, "free_memory", lambda: 1000)
+    for argv in ["--dry-run"], []:  # before anything is sampled
+        assert small(tmp_path, *argv) == 2
+        [line] = capsys.readouterr().err.splitlines()
+        assert "to train 0 million parameters takes main memory: 0.0 GB with --offload no" in line
     assert not (tmp_path / "run").exists()
 
 # --------------------------------------------------------- run.map, --start-from, and what a round reports
@@ -429,7 +434,7 @@ def test_a_bar_says_tokens_per_second_and_the_time_left_and_a_log_file_gets_a_li
             assert any(frame.startswith(start) and frame.endswith(end) for frame in frames)
 
 def test_14_on_a_gpu_the_rows_of_each_chunk_follow_from_the_memory_that_is_free(tmp_path, monkeypatch):
-    """They are lowered only until the chunk is done. No row would be free beside the 1 GB that torch keeps."""
+    """They are lowered only until the chunk is done. The 1 GB that is free is held by torch."""
     prompts, tried = [dice.Prompt("", [1] * n) for n in (10, 900, 20, 1000)], []
     for name, value in {"mem_get_info": (0, 80 * 10**9), "memory_reserved": 3 * 10**9,
                         "memory_allocated": 2 * 10**9}.items():
