@@ -1,5 +1,6 @@
 """data/memory.py: what is kept in main memory, and what fits."""
 import types
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,15 @@ from data.files import InputError
 def test_14_the_state_of_training_is_where_it_fits(offload, card, free, way, gigabytes, monkeypatch):
     """Of Llama-3 8B in bfloat16, which is read (16 GB) beside what stays in main memory: 2 x 36.5 GB, pinned,
     and 64 GB."""
-    about, config = types.SimpleNamespace(total_memory=card), models.PRESETS["llama3-8b"].shape
+    about, config = types.SimpleNamespace(name="a card", total_memory=card), models.PRESETS["llama3-8b"].shape
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
     monkeypatch.setattr(memory, "free_memory", lambda: free)
     if way:
-        s = settings(dtype="bfloat16", offload=offload)
+        s = settings(dtype="bfloat16", offload=offload, device="cuda")
         found, needed = memory.choose_offload(s, config, "cuda:0")
+        line = memory.machine(replace(s, offload=found), "cuda:0", needed)
+        assert line.startswith(f"1 x cuda, a card, {card / 1e9} GB; bfloat16; training takes at most ")
+        assert f" of {free / 1e9} GB of main memory (--offload {way}: {models.OFFLOAD[way][1]})" in line
         assert found == way and needed / 1e9 == pytest.approx(gigabytes, rel=0.01)
         s.loads_reference = True  # 16 GB more on the GPU: 64 + 16 + 10 are more than 85
         assert way != "moments" or offload != "auto" or not models.fits_on_gpu(s, 8e9, "cuda:0", 8)
