@@ -1,4 +1,5 @@
 """The dry run: what a run will do, take and need."""
+import math
 import shutil
 import time
 from dataclasses import replace

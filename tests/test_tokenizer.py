@@ -46,6 +46,13 @@ BOS = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "B"}}, {
        "special_tokens": {"B": {"id": "B", "ids": [260], "tokens": ["B"]}}}
 LLAMA3_TEMPLATE = "{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n...<|eot_id|>"
 CHATML_TEMPLATE = "{% for m in messages %}{{'<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>'}}"
+SMOLLM2_SYSTEM = PRESETS["smollm2-135m-instruct"].settings["system"]
+SMOLLM2_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>"
+    "\n' }}"
+    "{% endif %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 ZEPHYR_TEMPLATE = "{{ '<|user|>\n' + message['content'] + eos_token }}{{ '<|assistant|>' }}"
 
 def sequence(*steps):
@@ -305,6 +312,21 @@ def test_a_system_message_of_its_own(tmp_path):
     before = [start, *told, tokenizer.end, *newline]
     assert tokenizer.prompt([user, system]) == before + plain and tokenizer.prompt([system, user]) == begun
     assert tokenizer.raw("Hi") == tokenizer.encode("Hi")
+
+def test_a_system_message_of_its_own_as_in_the_template_of_smollm2(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    directory = byte_level(tmp_path, settings={"chat_template": SMOLLM2_TEMPLATE})
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(directory)
+    ours, plain = read_tokenizer(directory), read_tokenizer(directory)
+    ours.system = SMOLLM2_SYSTEM
+    user, system = {"role": "user", "content": "Hi\n"}, {"role": "system", "content": " Be brief. "}
+    turns = [user, {"role": "assistant", "content": "Yo"}, user]
+    for messages in ([user], turns, [system, user], [system, *turns], [user, system, user]):
+        for more, answer in ([], None), ([{"role": "assistant", "content": " Hello"}], " Hello"):
+            expected = theirs.apply_chat_template(
+                [*messages, *more], add_generation_prompt=not more, return_dict=False)
+            assert ours.prompt(messages, answer) == expected
+    assert ours.prompt("Hi\n") == ours.prompt([user]) and ours.raw("Hi\n") == plain.raw("Hi\n")
 
 @pytest.mark.parametrize("scheme, at_once, later", [
     ("legacy", True, True), ("always", True, True), ("first", True, False), ("never", False, False)])
