@@ -77,7 +77,7 @@ class Sampling:
 @dataclass
 class Settings:
     # group: the options from here to the next group stand under this title in --help.
-    model: str = path_option("tiny", "preset, directory, ORGANISATION/NAME", base=True, group="model and data")
+    model: str = path_option("tiny", "preset, directory, or ORGANISATION/NAME", base=True, group="model, data")
     reference: str = path_option("", "what --model was DPO-trained from; if none, DPO comes first", base=True)
     prompts: str = path_option("", "JSON lines, prompts to sample for; without it those of --preferences")
     preferences: str = path_option("", "JSON lines, offline pairs: for the DPO stage and the replay")
@@ -125,8 +125,8 @@ class Settings:
     dtype: str = option("auto", "of numbers; auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
     offload: str = machine_option("auto", "state of training in main memory; auto: as little as possible",
                                   choices=("auto", "no", "moments", "all"))
-    recompute: str = machine_option("auto", "compute activations again in the backward pass, to keep none; "
-                                    "auto: above 1e9 parameters", choices=("auto", "yes", "no"))
+    recompute: str = machine_option("auto", "keep no activations, compute them again; auto: if it must",
+                                    choices=("auto", "yes", "no"))
     rows: int = machine_option(256, "answers drawn at once, at most; on a GPU no more than fit", 1)
     chunk: int = machine_option(64, "prompts after which results are saved; changes no result", 1)
     score_tokens: int = machine_option(4096, "tokens scored at once, padded; for speed and memory", 1)

@@ -604,12 +604,11 @@ OFFLOAD = {"no": (16, "the state of training is on the GPU"), "moments": (8, "Ad
 
 def prepare_training(model, settings, device):
     """Place a model that is on the CPU for training on this process' device, in place, and return it."""
-    count = sum(p.numel() for p in model.parameters())
     if settings.dtype == "float32" and world() == 1 and settings.offload != "all":
         model.to(device)
     else:
         shard(model, settings, device)
-    model.recompute = settings.recompute == "yes" or (settings.recompute == "auto" and count > 1e9)
+    model.recompute = settings.recompute == "yes"
     return model
 
 def shard(model, settings, device):

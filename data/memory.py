@@ -29,6 +29,24 @@ def choose_offload(settings, config, device):
     raise InputError(f"to train {count / 1e6:.0f} million parameters takes main memory: {asked}; "
                      f"{free / 1e9:.1f} GB are free. Free some, or take a larger machine or more GPUs")
 
+def choose_recompute(settings, config, device):
+    """Are activations computed again in the backward pass? "auto": yes, if those of the largest pass take
+    more than half of the memory that the state of training leaves. The other half is for logits and copies."""
+    if settings.recompute != "auto":
+        return settings.recompute
+    c, count = config, sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    # Numbers that a layer keeps of a token: around its norms, its attention, and its MLP.
+    attention = 2 * (c.heads + 2 * c.kv_heads) * c.head_size + c.heads * c.head_size
+    numbers = 4 * c.width + attention + c.hidden * (4 if c.mlp == "swiglu" else 2)
+    # A pair that is longer than a pass is a pass of its own.
+    tokens = max(settings.train_tokens, 2 * min(settings.max_tokens, c.context))
+    needed = tokens * c.layers * numbers * getattr(torch, settings.dtype).itemsize
+    free = free_memory() - 16 * count / world()
+    if device.startswith("cuda"):
+        state = OFFLOAD[settings.offload][0] * count / world()
+        free = torch.cuda.get_device_properties(device).total_memory - state
+    return "yes" if any_process(needed > free / 2) else "no"
+
 def main_memory(settings, config, device, way):
     """Bytes of main memory that the processes of this machine take to train, at most."""
     sizes = [math.prod(shape) / world() for shape in parameter_shapes(config).values()]

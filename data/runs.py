@@ -69,6 +69,7 @@ class Run:
     def __enter__(self):
         s = self.settings
         s.offload, needed = memory.choose_offload(s, self.config, self.device)  # before hours of sampling
+        s.recompute = memory.choose_recompute(s, self.config, self.device)
         with ExitStack() as stack:  # an error here unlocks the directory again
             if rank() == 0:
                 self.claim(stack)

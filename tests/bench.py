@@ -134,6 +134,7 @@ def our_settings(args, config):
     passes = {key: preset[key] for key in ("score_tokens", "train_tokens") if key in preset}
     s = dice.Settings(device=args.device, dtype=name_of(dtype_of(args)), batch=BATCH, **passes)
     s.offload, _ = memory.choose_offload(s, config, args.device)
+    s.recompute = memory.choose_recompute(s, config, args.device)
     return s
 
 def our_samples(rows):

@@ -41,6 +41,20 @@ def test_14_the_state_of_training_is_where_it_fits(offload, card, free, way, gig
     monkeypatch.setattr(memory, "free_memory", lambda: 129e9)
     assert memory.choose_offload(settings(offload="auto"), config, "cpu") == ("no", 8030261248 * 16)
 
+@pytest.mark.parametrize("name, card, offload, answer", [
+    ("llama3-8b", 141e9, "no", "yes"), ("llama3.2-1b", 24e9, "moments", "yes"),
+    ("qwen2.5-0.5b", 24e9, "no", "no"), ("gpt2", 24e9, "no", "no"), ("smollm2-135m", 4e9, "no", "yes"), ("smollm2-135m", None, "no", "no")])
+def test_14_activations_are_kept_where_they_fit(name, card, offload, answer, monkeypatch):
+    """With the preset's own sizes. Without a card: in 64 GB of main memory."""
+    preset, device = models.PRESETS[name], "cuda:0" if card else "cpu"
+    about = types.SimpleNamespace(total_memory=card)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    monkeypatch.setattr(memory, "free_memory", lambda: 64e9)
+    sizes = {key: preset.settings[key] for key in ("train_tokens", "max_tokens") if key in preset.settings}
+    s = settings(dtype="bfloat16", offload=offload, **sizes)
+    assert memory.choose_recompute(s, preset.shape, device) == answer
+    assert memory.choose_recompute(replace(s, recompute="yes"), preset.shape, device) == "yes"
+
 @pytest.mark.parametrize("limit, free", [("900000", 500_000), ("9000000", 1_024_000), ("max", 1_024_000)])
 def test_14_free_memory_is_that_of_the_machine_and_of_the_cgroup(limit, free, monkeypatch):
     """What the cgroup uses is 500,000 bytes, of which 100,000 are files that were read."""
