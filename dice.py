@@ -1045,7 +1045,7 @@ class DecodingBatch:
         uniform = self.uniform[rows].gather(1, place)[:, 0]
         token = sample_token(logits, uniform, self.sampling, candidates)
         # The answer of a row that is done, or waits, stays.
-        self.waits[rows] = token < 0
+        self.waits[rows] = (token < 0) & ~self.done[rows]
         drawn = ~(self.done[rows] | self.waits[rows])
         self.token[rows] = token.where(drawn, self.token[rows])
         self.answer[rows].scatter_(1, place, token[:, None])

@@ -60,6 +60,8 @@ SHAPES = {  # the network, and the work for it
     "25m": (models.Config(vocab_size=32000, context=1024, layers=8, width=384, heads=8, kv_heads=4,
                           head_size=48, hidden=1024, tied=True),
             SMALL | dict(prompts=8, theirs=8, scored=8, pairs=40)),
+    "smollm2-135m": (models.PRESETS["smollm2-135m"].shape,
+                     SMALL | dict(prompts=2, theirs=2, scored=2, pairs=8)),
     "llama3-8b": (models.PRESETS["llama3-8b"].shape,
                   LARGE | dict(prompts=256, theirs=8, scored=32, pairs=64))}
 for name in ("llama3.2-1b", "qwen2.5-0.5b"):
