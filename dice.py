@@ -1,7 +1,7 @@
 """DICE: bootstrapping language models with DPO implicit rewards (arXiv 2406.09760), in one file.
 
 A model pi_t that DPO has trained from pi_{t-1} carries a reward: log pi_t(y|x) - log pi_{t-1}(y|x). One round
-of DICE turns that reward into new preference pairs, with no outside labels. dice_round() is the whole method:
+of DICE turns that reward into new preference pairs, with no new labels. dice_round() is the whole method:
 
     1. sample   K answers to each prompt from pi_t                              sample_answers, generate
     2. score    their log-probs under pi_t and pi_{t-1}: the implicit reward    add_rewards, score
@@ -15,18 +15,18 @@ of DICE turns that reward into new preference pairs, with no outside labels. dic
     torchrun --nproc-per-node=8 dice.py --model llama3-8b           the same run on 8 GPUs
 """
 # The literature calls two models "the reference". Here `prev` is pi_{t-1}, which the reward needs, and `ref`
-# is pi_t, which the DPO loss needs. (The settings --reference and --reward-reference mean the former.) A name
-# that ends in _dir is a checkpoint directory, `model` is a network.
+# is pi_t, which the DPO loss needs. The settings --reference and --reward-reference name a `prev`. A name
+# that ends in _dir is a checkpoint directory, `model` is a network. The tiny world is a toy task with a small
+# model of random weights and a judge that knows the truth: data/tiny.py.
 #
-# The file reads from top to bottom: settings, losses, what flows through the loop, the round, training,
-# log-probs, Transformer, KV cache and sampler, the first stages, main. Checkpoints, and where a model lives
-# (dtype, GPUs), are in model.py. What a long run needs is behind four verbs of the object `run`,
-# data/runs.py:
+# Checkpoints, and where a model lives (dtype, GPUs), are in model.py. What a long run needs is behind four
+# verbs of the object `run`, data/runs.py:
 # - run.stage(name, make, *args): a checkpoint directory. If it is not there yet, make(run, *args) gives its
 #   weights.
-# - run.map(label, fn, items, model, budget): fn(network, some items, budget) yields (index, result). Returns
-#   the results of all items in order. Finished parts are kept on disk until the stage is done, under the
-#   stage, the label and a hash of the items. The model is loaded only if a part is missing.
+# - run.map(label, fn, items, model, budget): fn(network, some items, number) yields (index, result), one for
+#   each item, or `count` of them. Returns the results of all items in order. budget: which setting gives the
+#   number, such as "rows". model: a network, or a directory, which is loaded only if a result is missing.
+#   Finished parts are kept on disk until the stage is done, under the stage, label and a hash of the items.
 # - run.training(...): the batches of a training. It saves its state and goes on from the last one.
 # - run.fit(fn, model, items, *args): fn(tokens, model, items, *args), so that it fits into memory: if memory
 #   runs out, again with fewer tokens in a pass.
@@ -77,7 +77,7 @@ class Sampling:
 @dataclass
 class Settings:
     # group: the options from here to the next group stand under this title in --help.
-    model: str = path_option("tiny", "preset, directory, or ORGANISATION/NAME", base=True, group="model, data")
+    model: str = path_option("tiny", "preset, path, or ORGANISATION/NAME", base=True, group="model and data")
     reference: str = path_option("", "what --model was DPO-trained from; if none, DPO comes first", base=True)
     prompts: str = path_option("", "JSON lines, prompts to sample for; without it those of --preferences")
     preferences: str = path_option("", "JSON lines, offline pairs: for the DPO stage and the replay")
@@ -88,7 +88,7 @@ class Settings:
     weights: str = base_option("real", "dummy: random ones, to measure speed", choices=("real", "dummy"))
     chat: str = base_option("auto", "chat format", choices=("auto", "llama3", "zephyr", "chatml", "plain"))
     system: str = base_option("", "system message of each conversation that begins with none")
-    # The values are the paper's.
+    # The defaults of the method, of losses and of training are the paper's.
     rounds: int = machine_option(2, "of DICE; the paper saw no gain past the third", 0, group="the method")
     samples: int = option(16, "answers sampled to each prompt in a round, K", 2)
     max_prompts: int = option(10**6, "prompts in a round, at most; of more, each round draws others", 1)
@@ -112,14 +112,13 @@ class Settings:
     epochs: int = option(1, "passes over a stage's pairs, at most", 1)
     clip: float = option(1.0, "largest norm of a gradient; a larger one is scaled down to it", TINIEST)
     max_tokens: int = option(4096, "longest prompt and answer of an offline pair; longer are not used", 1)
-    held_out: int = option(256, "offline pairs, at most an eighth, kept from training to check the reward", 0)
+    held_out: int = base_option(256, "pairs, at most an eighth, kept from training, to check the reward", 0)
     # Before the first round: SFT, then DPO.
     sft_steps: int = base_option(0, "optimizer steps of SFT; 0: none", 0, group="first stages (SFT and DPO)")
     sft_lr: float = base_option(2e-5, "peak learning rate of SFT; a cosine brings it down to 0", TINIEST)
     sft_batch: int = base_option(32, "chosen answers per optimizer step of SFT; changes results", 1)
     dpo_steps: int = base_option(300, "optimizer steps of DPO, at most; 0: none", 0)
     dpo_lr: float = base_option(5e-7, "learning rate of that DPO, after the warm-up", TINIEST)
-    # rows, chunk, ..., save_steps: an answer depends on none of them, up to rounding.
     seed: int = base_option(0, "of all random numbers; changes results", 0, group="the machine")
     device: str = machine_option("auto", "cpu, cuda, cuda:1, ..., mps; auto: cuda if there is one")
     dtype: str = option("auto", "of numbers; auto: bfloat16 on cuda", choices=("auto", "float32", "bfloat16"))
@@ -127,6 +126,7 @@ class Settings:
                                   choices=("auto", "no", "moments", "all"))
     recompute: str = machine_option("auto", "keep no activations, compute them again; auto: if it must",
                                     choices=("auto", "yes", "no"))
+    # Results depend on none of these, up to rounding.
     rows: int = machine_option(256, "answers drawn at once, at most; on a GPU no more than fit", 1)
     chunk: int = machine_option(64, "prompts after which results are saved; changes no result", 1)
     score_tokens: int = machine_option(4096, "tokens scored at once, padded; for speed and memory", 1)
@@ -234,9 +234,10 @@ class Pair:
 # ------------------------------------------------------------------------------------------------------------
 # One round of DICE
 def dice_round(run, t, policy_dir, prev_dir, older_dir=None):
-    """From pi_t and pi_{t-1} to pi_{t+1}: returns its weights, pairs (name, tensor)."""
+    """From pi_t and pi_{t-1} to pi_{t+1}: returns its weights, as (name, tensor)."""
     s = run.settings.of_round(t)
-    # Before hours are spent: how often does the reward agree with offline pairs that are never trained on?
+    # Before hours are spent: how often does the reward agree with offline pairs that this run does not train
+    # on? (A model from elsewhere may know them.)
     add_rewards(run, s, "held-out", answers_of(run.held_out), policy_dir, prev_dir)
     report.check_held_out(run, s)
     # Steps 1 and 2. With --reward-reference first, prev_dir is the first model. It may be None if another
@@ -480,7 +481,7 @@ def preference_loss(model, pairs, s, ref_model=None):
         if values is not None:
             terms[f"{name}_w"], terms[f"{name}_l"] = values.chunk(2)  # (B,), (B,)
     losses, columns = LOSSES[s.loss](terms, s.loss_options)
-    # margin: the difference of the two implicit rewards. A tie counts as wrong.
+    # margin: beta times the difference of the two implicit rewards, whatever the loss. A tie counts as wrong.
     margin = s.beta * ((terms["pi_w"] - terms["ref_w"]) - (terms["pi_l"] - terms["ref_l"]))
     stats = {"loss": losses, "accuracy": (margin > 0).float(), "margin": margin}
     for column, name in (("logprob", "pi"), ("tokens", "n"), ("kl", "kl")):
@@ -545,8 +546,9 @@ def trainable(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 def export(model):
-    """Yields (name, weight) of a model in training, as its checkpoint has them: whole, in float32."""
-    # Subtle: with several processes each holds a shard of every weight, so all of them must take part.
+    """Yields (name, weight) of a model in training: whole, in float32."""
+    # run.stage writes them in the dtype of the run. Subtle: with several processes each holds a shard of every
+    # weight, so all of them must take part.
     for name, tensor in model.state_dict().items():
         yield name, models.full_tensor(tensor).detach()
 
@@ -1206,14 +1208,15 @@ def run_rounds(run, policy_dir, prev_dir):
     # The rounds one after the other: from pi_1 and pi_0 to pi_2, pi_3, ...
     first_dir, last_dir = prev_dir, None
     for t in range(1, run.settings.rounds + 1):
-        first = run.settings.of_round(t).reward_reference == "first"
+        s = run.settings.of_round(t)
+        first = s.reward_reference == "first"
         compared_dir = first_dir if first else prev_dir
         # For the report alone: with older_dir the reward of the round before is known too. It was
         # log pi_{t-1} - log pi_{t-2}, or log pi_{t-1} - log pi_0 with --reward-reference first. In round 1
         # there is none.
         older_dir = prev_dir if first and last_dir else last_dir
         new_dir = run.stage(f"round-{t}/policy", dice_round, t, policy_dir, compared_dir, older_dir)
-        last_dir = prev_dir if run.settings.reward == "implicit" else None
+        last_dir = prev_dir if s.reward == "implicit" else None
         prev_dir, policy_dir = policy_dir, new_dir
         evaluate(run, f"round-{t}", policy_dir, prev_dir)
 

@@ -31,7 +31,7 @@ def choose_offload(settings, config, device):
 
 def choose_recompute(settings, config, device):
     """Are activations computed again in the backward pass? "auto": yes, if those of the largest pass take
-    more than half of the memory that the state of training leaves. The other half is for logits and copies."""
+    more than half of the memory beside the state of training. The other half is for logits and copies."""
     if settings.recompute != "auto":
         return settings.recompute
     c, count = config, sum(math.prod(shape) for shape in parameter_shapes(config).values())

@@ -80,8 +80,8 @@ def measure(run, new_model, generate, score, make_sample):
     count = sum(math.prod(shape) for shape in models.parameter_shapes(run.config).values())
     size = 2 if saved and s.dtype == "bfloat16" else 4  # bytes of a weight; random ones are made in float32
     free = memory.free_memory()
-    require(count * size < free, f"{s.model}: to measure it takes {count * size / 1e9:.1f} GB of main memory; "
-            f"{free / 1e9:.1f} GB are free. Plan on the machine that shall run it")
+    require(count * size < free, f"{s.model}: to measure it takes {count * size / 1e9:.1f} GB of main memory;"
+            f" {free / 1e9:.1f} GB are free. Plan on the machine that shall run it")
     log_info(f"making the model, {count / 1e6:.1f} million parameters")
     if saved:
         model = run.load(run.policy_dir)
