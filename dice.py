@@ -547,7 +547,7 @@ def trainable(model):
 
 def export(model):
     """Yields (name, weight) of a model in training: whole, in float32."""
-    # run.stage writes them in the dtype of the run. Subtle: with several processes each holds a shard of every
+    # run.stage writes them in the dtype of the run. Subtle: with several processes each holds a shard of each
     # weight, so all of them must take part.
     for name, tensor in model.state_dict().items():
         yield name, models.full_tensor(tensor).detach()

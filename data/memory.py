@@ -76,7 +76,7 @@ def free_memory():
 
 def machine(settings, device, needed):
     """One line: the device, its memory, the dtype, and what training needs of main memory."""
-    s, name, place = settings, f"{torch.get_num_threads()} threads", ""
+    s, name, place = settings, f"{torch.get_num_threads()} thread(s)", ""
     if s.device.startswith("cuda"):
         about = torch.cuda.get_device_properties(device)
         name = f"{about.name}, {about.total_memory / 1e9:.1f} GB"

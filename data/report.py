@@ -239,14 +239,15 @@ def verdict(out, metrics):
         gap = np.where(np.isnan(gap), 0, gap).reshape(-1, 4)  # a judge that could not read an answer: a tie
         wins = np.where(np.abs(gap) < 1e-9, 0.5, gap > 0).mean(axis=1)  # of each prompt
         text = (f"\n{last} is {compared(wins - 0.5, 'better', 'worse')} than {base}: it wins "
-                f"{interval(wins)} of the comparisons, on {len(wins)} prompts; 50% is chance.\n")
+                f"{interval(wins)} of the comparisons, on {len(wins)} prompts (± two standard errors; 50% is "
+                "chance).\n")
     elif len(scored) > 1 and scored[-1] in names:
         base, last = judged_stages(out, column="logprob")[-1], scored[-1]
         right = [agrees(out, scored[0], stage) for stage in (base, last)]
         differ = compared(right[1] - right[0], "more", "less")
         text = (f"\nNo judge has compared the answers (--judge, or data/judge.py). Of {len(right[0])} pairs "
                 f"that were kept from training, {last} prefers the chosen answer in {interval(right[1])}, "
-                f"{base} in {interval(right[0])}: {differ} often. 50% is chance.\n")
+                f"{base} in {interval(right[0])}: {differ} often (± two standard errors; 50% is chance).\n")
     for row in rounds:
         text += "".join(f"\n{row['stage']}: WARNING: {warning}\n" for warning in warnings(row, rounds[0]))
     return text
