@@ -91,7 +91,7 @@ class Settings:
     # The defaults of the method, of losses and of training are the paper's.
     rounds: int = machine_option(2, "of DICE; the paper saw no gain past the third", 0, group="the method")
     samples: int = option(16, "answers sampled to each prompt in a round, K", 2)
-    max_prompts: int = option(10**6, "prompts in a round, at most; of more, each round draws others", 1)
+    max_prompts: int = option(10**6, "most prompts of a round; if there are more, it draws some", 1)
     gamma: float = option(0.5, "share of offline pairs in a round's training mixture", 0, 1)
     alpha: str = option("auto", "reward lost per unit length; auto: no length gap in pairs; 2x: twice that")
     length_unit: str = option("chars", "the unit of that length", choices=("chars", "tokens"))

@@ -81,7 +81,7 @@ def machine(settings, device, needed):
         about = torch.cuda.get_device_properties(device)
         name = f"{about.name}, {about.total_memory / 1e9:.1f} GB"
         place = f" (--offload {s.offload}: {OFFLOAD[s.offload][1]})"
-    return (f"{world()} x {s.device}, {name}; {s.dtype}; training takes at most {needed / 1e9:.1f} of "
+    return (f"{world()} x {s.device}, {name}; {s.dtype}; training takes at most {needed / 1e9:.3g} of "
             f"{free_memory() / 1e9:.1f} GB of main memory{place}")
 
 def rows_in_flight(model, prompts, count, sampling, most):

@@ -3,6 +3,7 @@
 A command's settings are a dataclass; option() declares a field. A field that is such a dataclass itself
 (dice.Sampling) is flattened: its options stand on the command line and in settings.json beside the others."""
 import argparse
+import difflib
 import inspect
 import math
 import os
@@ -273,6 +274,11 @@ def resolve(settings):
     require(s.min_chars + 1 < s.max_chars, f"--min-chars {s.min_chars}: no answer is longer than that and "
             f"shorter than --max-chars {s.max_chars}; give a smaller one")
     require(not s.reference or s.model != "tiny", f"--reference {s.reference}: give its --model too")
+    path = Path(os.path.expanduser(s.model))
+    close = difflib.get_close_matches(s.model, models.PRESETS, 1)
+    hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(models.PRESETS)}"
+    require(s.model in models.PRESETS or path.exists() or models.REPOSITORY.fullmatch(s.model),
+            f"--model {s.model}: not a model directory, a preset or ORGANISATION/NAME on the hub; {hint}")
     for name in (s.model, s.reference):  # before it is downloaded
         shape = models.PRESETS[name].shape if name in models.PRESETS else None
         require(not shape or not shape.num_labels, f"{name}: is a reward model; give it to --reward")

@@ -52,8 +52,9 @@ def log_round(run, s, alpha, samples, pairs, lost, groups, choose):
         row["pairs_tied"] = float(1 - untied.mean()) if new else None
     run.log(row)
     unit = {"chars": "character", "tokens": "token"}[s.length_unit]
+    longer = "shorter" if row["pair_length_gap"] < 0 else "longer"
     log_info(f"{stage}: alpha {alpha:.4g} nats per {unit}; {len(new)} generated pairs, chosen "
-             f"{row['pair_length_gap']:+.1f} characters longer; {len(pairs) - len(new)} replayed pairs")
+             f"{abs(row['pair_length_gap']):.1f} characters {longer}; {len(pairs) - len(new)} replayed pairs")
     log_info(f"{stage}: {prompts_line(row)}")
     other = "pi_{t-1}" if kl == "kl_to_previous" else "the first model"
     kl = "not known" if math.isnan(row[kl]) else f"{row[kl]:.2f} nats"
@@ -195,7 +196,8 @@ def write(out):
     table, more = training_table(metrics), ""
     text = markdown(table)
     if judged_stages(out):
-        more = f"\n## Training and rounds\n\n{text}"
+        more = ("\n## Training and rounds\n\nOf a round: the pairs that it trained on, and the answers that "
+                f"they are from. The model before its training gave these.\n\n{text}")
         table = judged_table(out, metrics)
         text = markdown(table) + examples(out, judged_stages(out)[-1], table[-1]["stage"])
     text += verdict(out, metrics)
@@ -239,8 +241,8 @@ def verdict(out, metrics):
         gap = np.where(np.isnan(gap), 0, gap).reshape(-1, 4)  # a judge that could not read an answer: a tie
         wins = np.where(np.abs(gap) < 1e-9, 0.5, gap > 0).mean(axis=1)  # of each prompt
         text = (f"\n{last} is {compared(wins - 0.5, 'better', 'worse')} than {base}: it wins "
-                f"{interval(wins)} of the comparisons, on {len(wins)} prompts (± two standard errors; 50% is "
-                "chance).\n")
+                f"{interval(wins)} of the comparisons, on {len(wins)} prompts (± two standard errors; 50% "
+                "is chance).\n")
     elif len(scored) > 1 and scored[-1] in names:
         base, last = judged_stages(out, column="logprob")[-1], scored[-1]
         right = [agrees(out, scored[0], stage) for stage in (base, last)]
@@ -351,7 +353,7 @@ def examples(out, base, stage):
     text = ""
     if differ:
         text = (f"\nThe first three held-out prompts on which {base} and {stage} differ in gold, by the "
-                "first sample of each:\n")
+                "first sample of each (three answers prove nothing; the table does):\n")
     for old, new in differ[:3]:
         text += f"\n**{as_text(old['prompt'])}**\n"
         for name, row in ((base, old), (stage, new)):
