@@ -274,11 +274,6 @@ def resolve(settings):
     require(s.min_chars + 1 < s.max_chars, f"--min-chars {s.min_chars}: no answer is longer than that and "
             f"shorter than --max-chars {s.max_chars}; give a smaller one")
     require(not s.reference or s.model != "tiny", f"--reference {s.reference}: give its --model too")
-    path = Path(os.path.expanduser(s.model))
-    close = difflib.get_close_matches(s.model, models.PRESETS, 1)
-    hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(models.PRESETS)}"
-    require(s.model in models.PRESETS or path.exists() or models.REPOSITORY.fullmatch(s.model),
-            f"--model {s.model}: not a model directory, a preset or ORGANISATION/NAME on the hub; {hint}")
     for name in (s.model, s.reference):  # before it is downloaded
         shape = models.PRESETS[name].shape if name in models.PRESETS else None
         require(not shape or not shape.num_labels, f"{name}: is a reward model; give it to --reward")
@@ -301,6 +296,11 @@ def resolve(settings):
 def check_data(s, data):
     """InputError if a stage lacks the data that it needs."""
     offline = data.preferences
+    path = Path(os.path.expanduser(s.model))
+    close = difflib.get_close_matches(s.model, models.PRESETS, 1)
+    hint = f"did you mean {close[0]}?" if close else f"the presets are {', '.join(models.PRESETS)}"
+    require(s.model in models.PRESETS or path.exists() or models.REPOSITORY.fullmatch(s.model),
+            f"--model {s.model}: not a model directory, a preset or ORGANISATION/NAME on the hub; {hint}")
     runs = [path for path in [*Path(s.model).parents][:2] if (path / "settings.json").exists()]
     begin = f", or --start-from {runs[0]} to begin with the SFT and DPO models of that run" if runs else ""
     require(data.prompts or offline,

@@ -710,6 +710,7 @@ def test_other_mistakes_are_refused(checkpoint, tmp_path, capsys):
     assert 'long.jsonl line 2: has no "chosen"' in say(*model, "--preferences", long)
     assert "nothing to sample for" in say(*model) and "--reference" in say(*model, "--prompts", good)
     assert "--start-from" not in say(*model)
+    assert "a preset or ORGANISATION/NAME on the hub; did you mean gpt2?" in say("--model", "gtp2")
     files.write_json(tmp_path / "settings.json", {})  # now the model is one of a run
     assert f"--preferences FILE, or --start-from {tmp_path} to begin with" in say(*model, *reference)
     (tmp_path / "settings.json").unlink()
