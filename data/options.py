@@ -161,6 +161,7 @@ def make_parser(description, options, losses, values):
                                      epilog="\n".join(epilog), add_help=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("-h", "--help", action="store_true", help="show this text and exit")
+    parser.add_argument("--preset", metavar="NAME", help="its settings, for another --model")
     parser.add_argument("--dry-run", action="store_true", help="check the input, measure the machine and "
                         "print the plan with sizes and times; write nothing, download no preset")
     add_arguments(parser, options, values)
@@ -184,7 +185,12 @@ def parse(settings_class, description, losses, argv=None):
         old = losses[inherited["loss"]].defaults if inherited else {}
         inherited = {name: value for name, value in inherited.items() if name in options and name not in old}
         loss_defaults = losses[loss].defaults if loss in losses else {}
-    preset = dict(presets.get(given.get("model", inherited.get("model", options["model"].default)), {}))
+    model = given.get("model", inherited.get("model", options["model"].default))
+    name = given.pop("preset", model)
+    require(name in presets or name == model, f"--preset {name}: choose one of {', '.join(presets)}")
+    preset = dict(presets.get(name, {}))
+    if name != model:  # these belong to the preset's own model
+        preset = {key: value for key, value in preset.items() if key not in ("reference", "chat", "system")}
     if "preferences" in given:
         preset.pop("prompts", None)  # they belong to the preset's own preferences
     values = preset | inherited | loss_defaults | given
@@ -339,7 +345,8 @@ def report_unused(rows, pairs, limit, s):
 def no_usable_prompt(samples, s):
     cut = sum(x.finish == "length" for x in samples)
     unknown = sum(math.isnan(x.reward) for x in samples)
-    return InputError(f"no prompt has {s.min_valid * s.samples:g} valid answers, two of them different "
+    least = max(2, s.min_valid * s.samples)
+    return InputError(f"no prompt has {least:g} usable answers, two of them different "
                       f"({cut} of {len(samples)} were cut by the length limit, {unknown} got no reward); "
                       "raise --max-new-tokens or --temperature, or lower --min-valid")
 

@@ -24,6 +24,7 @@ def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
     prompt = sum(len(p.ids) for p in run.prompts) / len(run.prompts)
     lengths = [len(x.tokens) for p in run.offline for x in (p.chosen, p.rejected)]
     answer = sum(lengths) / len(lengths) if lengths else s.sampling.max_new_tokens / 2
+    answer = min(answer, s.sampling.max_new_tokens)
     drawn = sum(of_round.samples * len(prompts) for of_round, prompts in rounds)
     per_answer = sum(len(prompts) for _, prompts in rounds) * prompt / max(1, drawn)  # a prompt is read once
     sft_steps = 0 if s.start_from else s.sft_steps

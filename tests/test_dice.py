@@ -858,7 +858,7 @@ def rewarded(monkeypatch, reward):
 EQUAL = "the same reward, for each of 2 prompts"
 
 @pytest.mark.parametrize("said, reward, argv, told", [
-    (("", "stop"), 0, "", "no prompt has 1.5 valid answers"),
+    (("", "stop"), 0, "", "no prompt has 2 usable answers"),
     (("long", "length"), 0, "", "(6 of 6 were cut by the length limit, 0 got no reward)"),
     (("word", "stop"), math.nan, "", "6 got no reward"),
     (("word", "stop"), 1.5, "--rejected random", EQUAL), (("word", "stop"), 1.5, "--gamma 0", EQUAL)])

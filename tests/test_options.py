@@ -94,6 +94,14 @@ def test_prompts_of_a_preset_belong_to_its_own_preferences():
     assert parsed("--model", "llama3-8b", "--preferences", "mine").prompts == ""
     assert parsed("--model", "llama3-8b", "--preferences", "mine", "--prompts", "p").prompts == "p"
 
+def test_the_settings_of_a_preset_serve_another_model():
+    mine = parsed("--model", "mine", "--preset", "llama3-8b", "--lr", "1")
+    preset = parsed("--model", "llama3-8b")
+    assert (mine.model, mine.reference, mine.lr, mine.out) == ("mine", "", 1.0, "out/mine")
+    assert (mine.chat, mine.chunk, mine.prompts) == ("auto", preset.chunk, preset.prompts)
+    with pytest.raises(InputError, match="--preset llama: choose one of tiny, llama3-8b"):
+        parsed("--model", "mine", "--preset", "llama")
+
 def test_auto_is_decided_once_and_10_alpha_has_one_spelling():
     s = parsed("--alpha", "0")
     assert (s.alpha, s.device, s.dtype, s.out) == ("0.0", "cpu", "float32", "out/tiny")
