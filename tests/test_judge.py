@@ -161,7 +161,9 @@ def test_a_run_says_whether_it_got_better(judged, world, by_number, rm, tmp_path
         prompts = write(tmp_path / "judge.json", [("Who?", ""), ("What?", "")])
         argv += ["--judge", str(rm), "--judge-prompts", str(prompts)]
     code, told, out = world(["One?", "Two?"], pairs, lambda i, k: f"{next(numbers)} mice", *argv)
-    rows = {name: files.whole_rows(out / "evaluation" / f"{name}.jsonl") for name in ("sft", "dpo", "round-1")}
+    rows = {}
+    for name in ("sft", "dpo", "round-1"):
+        rows[name] = files.whole_rows(out / "evaluation" / f"{name}.jsonl")
     assert code == 0 and f"pictures and pairs: {out / 'report.md'}" in told.out
     if judged:
         assert [row["gold"] for row in rows["dpo"]] == [float(row["text"].split()[0]) for row in rows["dpo"]]

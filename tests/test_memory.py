@@ -43,7 +43,8 @@ def test_14_the_state_of_training_is_where_it_fits(offload, card, free, way, gig
 
 @pytest.mark.parametrize("name, card, offload, answer", [
     ("llama3-8b", 141e9, "no", "yes"), ("llama3.2-1b", 24e9, "moments", "yes"),
-    ("qwen2.5-0.5b", 24e9, "no", "no"), ("gpt2", 24e9, "no", "no"), ("smollm2-135m", 4e9, "no", "yes"), ("smollm2-135m", None, "no", "no")])
+    ("qwen2.5-0.5b", 24e9, "no", "no"), ("gpt2", 24e9, "no", "no"),
+    ("smollm2-135m", 4e9, "no", "yes"), ("smollm2-135m", None, "no", "no")])
 def test_14_activations_are_kept_where_they_fit(name, card, offload, answer, monkeypatch):
     """With the preset's own sizes. Without a card: in 64 GB of main memory."""
     preset, device = models.PRESETS[name], "cuda:0" if card else "cpu"
