@@ -69,8 +69,10 @@ def log_round(run, s, alpha, samples, pairs, lost, groups, choose):
             length[i, :len(group)] = [len(x.text if s.length_unit == "chars" else x.tokens) for x in group]
         plots.save(run.out / stage / "shaping.png", plots.shaping, stage, reward, length, f"{unit}s", alpha,
                    "alpha*" if s.alpha == "auto" else "alpha", choose)
+    said = list(held_out_warnings(row))  # by check_held_out, before the round sampled
     for warning in warnings(row, next(old for old in run.metrics if "alpha" in old)):
-        log_info(f"{stage}: WARNING: {warning}")
+        if warning not in said:
+            log_info(f"{stage}: WARNING: {warning}")
 
 def rank_agreement(samples, s):
     """Do the rewards of this round and of the round before rank the answers alike? Kendall's tau, 1 for the
