@@ -130,7 +130,7 @@ class Settings:
     rows: int = machine_option(256, "answers drawn at once, at most; on a GPU no more than fit", 1)
     chunk: int = machine_option(64, "prompts after which results are saved; changes no result", 1)
     score_tokens: int = machine_option(4096, "tokens scored at once, padded; for speed and memory", 1)
-    train_tokens: int = machine_option(2048, "tokens trained on at once, padded; for speed and memory", 1)
+    train_tokens: int = machine_option(2048, "tokens trained on at once; for speed and memory", 1)
     save_steps: int = machine_option(100, "training steps between two saved states", 1)
     # What the chosen loss declares beside its formula: {name: value}
     loss_options: dict = field(default_factory=dict)
@@ -229,7 +229,7 @@ class Pair:
     prompt = property(lambda self: self.chosen.prompt)
 
     def __len__(self):
-        return 2 * max(len(self.chosen), len(self.rejected))  # tokens in a batch, where both are padded
+        return len(self.chosen) + len(self.rejected)
 
 # ------------------------------------------------------------------------------------------------------------
 # One round of DICE
@@ -617,69 +617,44 @@ def sequence_logprobs(model, prompts, answers):
     """log pi(answer | prompt), summed over the answer's tokens: B lists of token ids each -> (B,)."""
     # A sum, never a mean: DPO is about the probability of a whole answer. The end token is a part of the
     # answer: a model that is not scored on ending does not learn to end.
-    return answer_logprobs(model, *forward_answers(model, prompts, answers))
+    hidden, targets = forward_answers(model, prompts, answers)
+    return sum_by_answer(by_chunks(token_logprobs, model, hidden, targets), answers)
 
 def forward_answers(model, prompts, answers):
-    """Hidden states (B, T, C), targets (B, T), and a mask (B, T): which targets belong to an answer."""
-    # Subtle: token t is scored by the output at t - 1. So the last token is no input, the first no target.
-    # Example: the prompt 5 6 and the answer 7 8 2, where 2 is the end token.
-    #     input     5   6   7   8
-    #     target    6   7   8   2
-    #     mask      -   x   x   x
-    tokens, length = pad([p + a for p, a in zip(prompts, answers)], model.device)
-    start = torch.tensor([len(p) for p in prompts], device=model.device)
-    hidden, targets = model(tokens[:, :-1]), tokens[:, 1:]
-    # The mask is made of lengths. To compare with a padding id would be wrong: it is often the end token.
-    position = torch.arange(1, tokens.shape[1], device=model.device)
-    mask = (position >= start[:, None]) & (position < length[:, None])
-    return hidden, targets, mask
-
-def answer_logprobs(model, hidden, targets, mask):
-    """Sums (B,) of the log-probs of the targets that belong to an answer."""
+    """Hidden states (N, C) that predict the tokens of the answers, and these tokens (N,)."""
+    # The sequences stand one after the other, without padding (packing). Subtle: a token is predicted by the
+    # output before it. So the last token of a sequence is no input, and the first one no target. Example: the
+    # prompt 5 6 with the answer 7 8 2, and the prompt 5 with the answer 9 2, where 2 is the end token.
+    #     input     5   6   7   8   5   9
+    #     target    6   7   8   2   9   2
+    #     mask      -   x   x   x   x   x
+    inputs, targets, mask, lengths = [], [], [], []
+    for prompt, answer in zip(prompts, answers):
+        inputs += (prompt + answer)[:-1]
+        targets += answer
+        mask += [False] * (len(prompt) - 1) + [True] * len(answer)
+        lengths.append(len(prompt) + len(answer) - 1)
+    inputs, targets, mask = (torch.tensor(x, device=model.device) for x in (inputs, targets, mask))
+    hidden = model(inputs[None], Packed(model, lengths))  # (1, all tokens, C)
     # Logits are made of answer tokens alone. For a small model they are most of the work.
-    return sum_by_row(TokenLogprobs.apply(hidden[mask], model.head_weight, targets[mask]), mask)
+    return hidden[0, mask], targets
 
-def sum_by_row(values, mask):
-    """Sums (B,) of values (N,), which are in the order of the True positions of the mask (B, T)."""
-    # The values go back to their places in the batch, between zeros, and each row is summed.
-    return values.new_zeros(mask.shape).masked_scatter(mask, values).sum(1)
+def sum_by_answer(values, answers):
+    """Sums (B,) of values (N,), one for each token of the B answers."""
+    return torch.stack([part.sum() for part in values.split([len(ids) for ids in answers])])
 
-class TokenLogprobs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T)[target]: (N, C), (V, C), (N,) -> (N,), in float32 or better."""
+def token_logprobs(model, hidden, targets):
+    """log softmax(logits)[target] of hidden states (n, C) and targets (n,): (n,), in float32 or better."""
+    return -F.cross_entropy(Logits.apply(hidden, model.head_weight), targets, reduction="none")
+
+def by_chunks(fn, model, *tensors):
+    """fn(model, *tensors), tensors (N, ...), computed for some of the N tokens at a time."""
     # The logits of a batch would be its largest tensor by far: 4096 tokens of Llama-3 take 2 GB in float32.
-    # So they are made chunk by chunk, and made again in the backward pass. What is kept for it is small: the
-    # hidden states, and for each token one number, the log of the sum of exp.
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        logprobs, totals = [], []
-        for rows in chunks(len(hidden), weight):
-            logits = Logits.apply(hidden[rows], weight)  # (n, V)
-            chosen = logits.gather(-1, targets[rows, None])  # (n, 1)
-            # The log of the sum of exp. The largest logit is subtracted, so that exp cannot overflow.
-            top = logits.amax(-1, keepdim=True)
-            totals.append(top + logits.sub_(top).exp_().sum(-1, keepdim=True).log())
-            logprobs.append(chosen - totals[-1])
-        ctx.save_for_backward(hidden, weight, targets, torch.cat(totals))
-        return torch.cat(logprobs)[:, 0]
-
-    @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, targets, totals = ctx.saved_tensors
-        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=grad.dtype)
-        for rows in chunks(len(hidden), weight):
-            logits, g = Logits.apply(hidden[rows], weight), grad[rows, None]  # (n, V), (n, 1)
-            # d logprob / d logits = onehot(target) - softmax(logits), computed in place.
-            slope = logits.sub_(totals[rows]).exp_().mul_(-g).scatter_add_(-1, targets[rows, None], g)
-            slope = slope.to(weight.dtype)
-            grad_hidden[rows] = slope @ weight
-            grad_weight += slope.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None
-
-def chunks(count, weight):
-    """Slices of `count` tokens whose logits, the product with weight (V, C), are in memory at once."""
-    # A GPU gets larger chunks, as each chunk reads the whole weight.
-    size = max(1, CHUNK_OF_LOGITS * (8 if weight.is_cuda else 1) // len(weight))
-    return [slice(start, start + size) for start in range(0, count, size)]
+    # So they are made chunk by chunk. checkpoint: nothing of a chunk is kept; the backward pass makes it
+    # again. A GPU gets larger chunks, as each chunk reads the whole weight of the head.
+    size = max(1, CHUNK_OF_LOGITS * (8 if model.device.type == "cuda" else 1) // len(model.head_weight))
+    fn = partial(checkpoint, fn, model, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([fn(*chunk) for chunk in zip(*(x.split(size) for x in tensors))])
 
 class Logits(torch.autograd.Function):
     """hidden @ weight.T: (N, C), (V, C) -> (N, V), in float32 or better."""
@@ -703,25 +678,18 @@ def sequence_logprobs_and_kl(model, ref_model, prompts, answers):
     """log pi(answer | prompt) (B,) and SeqKL(ref || pi) (B,), for TDPO, arXiv 2404.11999."""
     # SeqKL is the sum over the answer's tokens of KL(ref(.|prefix) || pi(.|prefix)). A KL needs the whole
     # distribution of both models at each token, not only the log-prob of the token.
-    hidden, targets, mask = forward_answers(model, prompts, answers)
+    hidden, targets = forward_answers(model, prompts, answers)
     with torch.no_grad():
-        ref_hidden, _, _ = forward_answers(ref_model, prompts, answers)
-    hidden, ref_hidden, targets = hidden[mask], ref_hidden[mask], targets[mask]  # (N, C), (N, C), (N,)
-    parts = []
-    for rows in chunks(len(hidden), model.head_weight):
-        # checkpoint: nothing of the chunk is kept; it is computed again in the backward pass. Two tables of
-        # logits, (N, V) each, would be too large to keep.
-        parts.append(checkpoint(token_logprobs_and_kl, model, ref_model, hidden[rows], ref_hidden[rows],
-                                targets[rows], use_reentrant=False, preserve_rng_state=False))
-    logprobs, kl = torch.cat(parts, dim=1)
-    return sum_by_row(logprobs, mask), sum_by_row(kl, mask)
+        ref_hidden, _ = forward_answers(ref_model, prompts, answers)
+    logprobs, kl = by_chunks(partial(token_logprobs_and_kl, ref_model), model, hidden, ref_hidden, targets).T
+    return sum_by_answer(logprobs, answers), sum_by_answer(kl, answers)
 
-def token_logprobs_and_kl(model, ref_model, hidden, ref_hidden, targets):
-    """Hidden states (n, C) of both models, targets (n,) -> log-probs and KLs (2, n)."""
+def token_logprobs_and_kl(ref_model, model, hidden, ref_hidden, targets):
+    """Hidden states (n, C) of both models, targets (n,) -> log-probs and KLs (n, 2)."""
     pi = F.log_softmax(Logits.apply(hidden, model.head_weight), -1)  # (n, V)
     ref = F.log_softmax(Logits.apply(ref_hidden, ref_model.head_weight.detach()), -1)
     kl = F.kl_div(pi, ref, reduction="none", log_target=True).sum(-1)
-    return torch.stack((pi.gather(-1, targets[:, None])[:, 0], kl))
+    return torch.stack((pi.gather(-1, targets[:, None])[:, 0], kl), dim=1)
 
 @torch.no_grad()
 def score(model, samples, tokens):
@@ -751,8 +719,9 @@ def continued_logprobs(model, prompt_cache, last, rows, answers):
         cache = KVCache(model.config, len(rows), prompt_cache.longest + T, model.device, model.dtype)
         cache.copy(prompt_cache, rows, list(range(len(rows))))
         hidden = torch.cat((hidden, model(targets[:, :-1], cache)), dim=1)
+    # The mask is made of lengths. To compare with a padding id would be wrong: it is often the end token.
     mask = torch.arange(T, device=model.device) < length[:, None]
-    return answer_logprobs(model, hidden, targets, mask)
+    return sum_by_answer(by_chunks(token_logprobs, model, hidden[mask], targets[mask]), answers)
 
 # ------------------------------------------------------------------------------------------------------------
 # The Transformer: GPT-2 and Llama, one forward for training, prefill and decoding
@@ -781,14 +750,14 @@ class Transformer(nn.Module):
     def logits(self, hidden):
         return F.linear(hidden, self.head_weight)  # (..., C) -> (..., V)
 
-    def forward(self, tokens, cache=None):
+    def forward(self, tokens, layout=None):
         """Token ids (B, T) -> hidden states after the last norm (B, T, C), which logits() takes."""
-        # Without a cache, or with an empty one, rows start at position 0. With a filled one row b goes on at
-        # cache.length[b]. The caller then adds to cache.length: it alone knows which tokens were padding.
-        position = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
-        if cache:
-            position = position + cache.length[:len(tokens), None]  # (B, T)
-            cache.prepare(position)
+        # layout says what stands in a row of tokens, so where each token is and what it sees. None: a
+        # sequence from its start. A KVCache: what goes on behind a cached sequence. A Packed: all sequences.
+        if layout:
+            position = layout.prepare(tokens)
+        else:
+            position = torch.arange(tokens.shape[1], device=tokens.device)[None]  # (1, T)
         x, rope = self.embed(tokens), None
         if self.position is not None:
             x = x + self.position(position.clamp(max=self.config.context - 1))  # padding may be beyond it
@@ -797,9 +766,9 @@ class Transformer(nn.Module):
             rope = angle.cos(), angle.sin()  # (1 or B, 1, T, D)
         for layer in self.layers:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, position, rope, use_reentrant=False, preserve_rng_state=False)
+                x = checkpoint(layer, x, rope, layout, use_reentrant=False, preserve_rng_state=False)
             else:
-                x = layer(x, position, rope, cache)
+                x = layer(x, rope, layout)
         return self.norm(x)
 
 class Layer(nn.Module):
@@ -815,9 +784,9 @@ class Layer(nn.Module):
         self.up = nn.Linear(C, config.hidden * (2 if config.mlp == "swiglu" else 1), bias=config.mlp_bias)
         self.down = nn.Linear(config.hidden, C, bias=config.mlp_bias)
 
-    def forward(self, x, position, rope, cache=None):
-        """x (B, T, C) at position (1 or B, T) -> (B, T, C)"""
-        x = x + self.attention(self.norm1(x), position, rope, cache)
+    def forward(self, x, rope, layout):
+        """x (B, T, C) -> (B, T, C)"""
+        x = x + self.attention(self.norm1(x), rope, layout)
         h = self.up(self.norm2(x))
         if self.config.mlp == "swiglu":
             gate, h = h.chunk(2, dim=-1)
@@ -826,7 +795,7 @@ class Layer(nn.Module):
             h = F.gelu(h, approximate="tanh")
         return x + self.down(h)
 
-    def attention(self, x, position, rope, cache):
+    def attention(self, x, rope, layout):
         B, T, _ = x.shape
         H, G, D = self.config.heads, self.config.kv_heads, self.config.head_size
         qkv = self.qkv(x).view(B, T, H + 2 * G, D).transpose(1, 2)  # (B, H+2G, T, D)
@@ -836,13 +805,44 @@ class Layer(nn.Module):
         if rope:
             qk = rotate(qk, *rope)
         q, k = qk.split([H, G], dim=1)
-        if cache:
-            cache.write(self.index, position, k, v)
-        if cache and cache.longest:
-            y = cache.attend(self.index, q)
-        else:  # training and reading prompts: there is no mask, so CUDA can use Flash attention
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=H != G)
+        y = layout.attend(self.index, q, k, v) if layout else causal_attention(q, k, v)
         return self.out(y.transpose(1, 2).reshape(B, T, H * D))
+
+def causal_attention(q, k, v):
+    """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D): each token sees itself and those before it."""
+    # Without a mask of its own CUDA can use Flash attention.
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+def varlen_attention(q, k, v, starts, k_starts, longest, k_longest, seen=None):
+    """Flash attention for sequences one after the other: q (N, H, D), k and v (M, G, D) -> (N, H, D)."""
+    # Sequence b has the queries from starts[b] on, and the first seen[b] keys (or all) from k_starts[b] on.
+    # The kernel is called by its inner name, because varlen_attn of torch.nn.attention has no grouped heads
+    # and no seqused_k before torch 2.12.
+    y, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, k_starts, longest, k_longest, dropout_p=0.0, is_causal=True, return_debug_mask=False,
+        seqused_k=seen)
+    return y
+
+class Packed:
+    """Sequences one after the other in one row of tokens, without padding."""
+    # Attention stays within each sequence. All else in the network works on single tokens.
+    def __init__(self, model, lengths):
+        self.lengths, self.varlen = lengths, models.has_varlen_kernel(model.config, model.device, model.dtype)
+        self.starts = torch.tensor([0, *lengths]).cumsum(0).int().to(model.device)  # (B + 1,)
+
+    def prepare(self, tokens):
+        """The position (1, N) of each token in its sequence."""
+        return torch.cat([torch.arange(n, device=tokens.device) for n in self.lengths])[None]
+
+    def attend(self, layer, q, k, v):
+        """Attention of q (1, H, N, D) to k and v (1, G, N, D) -> (1, H, N, D)."""
+        if self.varlen:
+            q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+            longest = max(self.lengths)
+            y = varlen_attention(q, k, v, self.starts, self.starts, longest, longest)
+            return y.transpose(0, 1)[None]
+        sequences = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)))
+        return torch.cat([causal_attention(*sequence) for sequence in sequences], dim=2)
 
 def rotate(x, cos, sin):
     """Rotary positions (arXiv 2104.09864) of x (B, H, T, D): channel i turns with channel i + D/2."""
@@ -885,36 +885,36 @@ class KVCache:
         self.length = torch.zeros(rows, device=device, dtype=torch.long)  # filled positions of each row
         self.longest = 0  # no length is larger; it is known to the host, and attention looks no further
 
-    def prepare(self, position):
-        """Call it once before the layers: queries at position (B, T) see all positions up to their own."""
+    def prepare(self, tokens):
+        """Tokens (B, T) go on behind the first B rows. Returns their positions (B, T)."""
+        # The caller adds to self.length afterwards: it alone knows which tokens were padding.
+        B, T = tokens.shape
+        self.position = self.length[:B, None] + torch.arange(T, device=tokens.device)
         if self.varlen:
             # The rows as one long sequence: row b has T queries from b * T on, and keys from b * capacity on.
-            row = self.row[:len(position) + 1].int()
-            self.starts = row * position.shape[1], row * self.capacity
-            self.seen = position[:, -1].int() + 1  # (B,)
+            row = self.row[:B + 1].int()
+            self.starts = row * T, row * self.capacity
+            self.seen = self.position[:, -1].int() + 1  # (B,)
         elif self.longest:
-            S = min(self.longest + position.shape[1], self.capacity)
-            future = torch.arange(S, device=position.device) > position[:, None, :, None]
+            S = min(self.longest + T, self.capacity)
+            future = torch.arange(S, device=tokens.device) > self.position[:, None, :, None]
             self.mask = self.k.new_zeros(future.shape).masked_fill(future, -math.inf)  # (B, 1, T, S)
+        return self.position
 
-    def write(self, layer, position, k, v):
-        """k, v (B, G, T, D) to the positions (B, T) of the first B rows."""
-        row = self.row[:len(position), None]
-        self.k[layer][row, position] = k.transpose(1, 2)
-        self.v[layer][row, position] = v.transpose(1, 2)
-
-    def attend(self, layer, q):
-        """Attention of q (B, H, T, D) to the first B rows -> (B, H, T, D)."""
+    def attend(self, layer, q, k, v):
+        """Write k, v (B, G, T, D) behind the first B rows. Attention of q (B, H, T, D) to these rows."""
         # Row b has length[b] keys from before, and its T new ones. T is 1 while an answer is decoded. It is
         # the length of the longest answer while known answers are scored behind their prompts.
         B, H, T, D = q.shape
+        row = self.row[:B, None]
+        self.k[layer][row, self.position] = k.transpose(1, 2)
+        self.v[layer][row, self.position] = v.transpose(1, 2)
+        if not self.longest:  # prompts are read into an empty cache
+            return causal_attention(q, k, v)
         k, v = self.k[layer], self.v[layer]  # (rows, capacity, G, D)
         if self.varlen:
-            # The kernel is called by its inner name, because varlen_attn of torch.nn.attention has no
-            # seqused_k before torch 2.12.
-            y, *_ = torch.ops.aten._flash_attention_forward(
-                q.transpose(1, 2).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), *self.starts, T,
-                self.capacity, dropout_p=0.0, is_causal=True, return_debug_mask=False, seqused_k=self.seen)
+            q, k, v = q.transpose(1, 2).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+            y = varlen_attention(q, k, v, *self.starts, T, self.capacity, self.seen)
             return y.view(B, T, H, D).transpose(1, 2)
         # Subtle: H/G query heads share one head of keys. They go in as more queries (along T) of that head,
         # so cached keys and values are read once, and not repeated H/G times.

@@ -106,25 +106,27 @@ def barrier():
     sum_over_processes([0.0])
 
 def share(items, tokens):
-    """This process' part of a training step: (group, weight) of each pass of at most `tokens` padded tokens.
+    """This process' part of a training step: (group, weight) of each pass of at most `tokens` tokens.
 
     With FSDP every process takes part in every pass. One without a group repeats an item with weight 0.
     FSDP takes the mean over the processes, so all other weights are the number of processes."""
     mine = sorted(items, key=len, reverse=True)[rank()::world()]
-    groups = batches(mine, tokens)
+    groups = batches(mine, tokens, padded=False)
     passes = int(sum_over_processes([float(len(groups))], "MAX")[0])
     idle = [((mine or items)[-1:], 0)] * (passes - len(groups))
     return [(group, world()) for group in groups] + idle
 
-def batches(items, tokens, size=len):
-    """Items in groups of similar size, largest first. No group has more than `tokens` when all its items are
-    padded to its first one; an item that is larger has a group of its own."""
-    groups = []
+def batches(items, tokens, size=len, padded=True):
+    """Items in groups of similar size, largest first. No group has more than `tokens`, if all its items are
+    padded to its first one or, not padded, together; an item that is larger has a group of its own."""
+    groups, total = [], 0
     for item in sorted(items, key=size, reverse=True):
-        if groups and size(groups[-1][0]) * (len(groups[-1]) + 1) <= tokens:
+        total += size(groups[-1][0]) if groups and padded else size(item)
+        if groups and total <= tokens:
             groups[-1].append(item)
         else:
             groups.append([item])
+            total = size(item)
     return groups
 
 def lost_contact(error):

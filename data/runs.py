@@ -276,8 +276,8 @@ class Run:
                     return
                 yield step, group
                 optimizer.zero_grad(set_to_none=True)  # saving, and fDPO's sampling, may need its memory
-                tokens = sum(map(len, group))  # where pairs are padded, the padding too
-                self.log_speed(stage, time.perf_counter() - started, padded_tokens=tokens)
+                tokens = sum(map(len, group))
+                self.log_speed(stage, time.perf_counter() - started, tokens=tokens)
                 bar.advance(tokens)
 
     def fit(self, fn, model, items, *args):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,22 +32,39 @@ every_shape = pytest.mark.parametrize("config", SHAPES.values(), ids=SHAPES)
 def on_gpu(config):
     return network(config).bfloat16().to("cuda")
 
+def random_qkv(config, B, T):
+    c = config
+    numbers = torch.randn(B, T, c.heads + 2 * c.kv_heads, c.head_size, device="cuda", dtype=torch.bfloat16)
+    return numbers.transpose(1, 2).split([c.heads, c.kv_heads, c.kv_heads], dim=1)
+
 @every_shape
 def test_varlen_attention_is_what_the_suite_takes_it_for(config):
     cache = dice.KVCache(config, 300, 400, "cuda", torch.bfloat16)
     assert cache.varlen
     cache.k.normal_(), cache.v.normal_()
+    cache.longest = 400
     for rows, T in ((1, 1), (7, 1), (300, 1), (5, 9), (2, 70)):
-        position = torch.randint(0, 401 - T, (rows, 1), device="cuda") + torch.arange(T, device="cuda")
-        q = torch.randn(rows, config.heads, T, config.head_size, device="cuda", dtype=torch.bfloat16)
-        cache.prepare(position)
-        ours, row = cache.attend(2, q).cpu().float(), torch.arange(rows + 1, dtype=torch.int32)
+        cache.length = torch.randint(0, 401 - T, (300,), device="cuda")
+        q, k, v = random_qkv(config, rows, T)
+        cache.prepare(torch.zeros(rows, T, device="cuda"))
+        ours, row = cache.attend(2, q, k, v).cpu().float(), torch.arange(rows + 1, dtype=torch.int32)
         exact, *_ = varlen_attention(
             *(x.cpu().flatten(0, 1) for x in (q.transpose(1, 2), cache.k[2], cache.v[2])), row * T, row * 400,
             T, 400, dropout_p=0.0, is_causal=True, return_debug_mask=False,
-            seqused_k=position[:, -1].cpu().int() + 1)
+            seqused_k=cache.length[:rows].cpu().int() + T)
         exact = exact.view(rows, T, *exact.shape[1:]).transpose(1, 2)
         torch.testing.assert_close(ours, exact.float(), atol=0.02, rtol=0.02)
+
+@every_shape
+def test_packed_attention_and_its_gradients_are_those_of_each_sequence_alone(config):
+    packed = dice.Packed(on_gpu(config), [1, 300, 7, 150])
+    assert packed.varlen
+    qkv, results = [x.requires_grad_() for x in random_qkv(config, 1, 458)], []
+    for packed.varlen in (True, False):
+        y = packed.attend(0, *qkv)
+        results.append([y, *torch.autograd.grad(y.float().square().sum(), qkv)])
+    for ours, exact in zip(*results):
+        assert (ours - exact).float().norm() < 0.02 * exact.float().norm()
 
 @every_shape
 def test_captured_steps_draw_what_the_steps_draw(config, monkeypatch):
@@ -92,7 +110,8 @@ def test_log_probs_are_those_of_float32_logits():
     def chosen(logits):
         return logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
     exact = chosen(hidden.double() @ weight.double().T)
-    ours, rounded = dice.TokenLogprobs.apply(hidden, weight, targets), chosen((hidden @ weight.T).float())
+    ours = dice.token_logprobs(SimpleNamespace(head_weight=weight), hidden, targets)
+    rounded = chosen((hidden @ weight.T).float())
     assert 100 * (ours - exact).abs().mean() < (rounded - exact).abs().mean()
 
 def test_training_follows_float32_wherever_its_state_is(tmp_path):

@@ -142,9 +142,9 @@ def test_odpo_reads_the_score_of_an_offline_answer_and_the_shaped_reward_of_a_ge
 class Fixed:
     """A "model" whose hidden states are its logits, given by place."""
     def __init__(self, logits):
-        self.table, self.device = tensor(*logits), torch.device("cpu")
+        self.table, self.device, self.dtype = tensor(*logits), torch.device("cpu"), torch.float64
         self.config, self.head_weight = replace(LLAMA, vocab_size=3), torch.eye(3, dtype=torch.float64)
-    def __call__(self, tokens):
+    def __call__(self, tokens, layout):
         return self.table[None, :tokens.shape[1]]
 
 def test_sequence_kl_on_the_worked_example():
