@@ -23,9 +23,9 @@ of DICE turns that reward into new preference pairs, with no new labels. dice_ro
 # verbs of the object `run`, data/runs.py:
 # - run.stage(name, make, *args): a checkpoint directory. If it is not there yet, make(run, *args) gives its
 #   weights.
-# - run.map(label, fn, items, model, budget): fn(network, some items, number) yields (index, result), one for
-#   each item, or `count` of them. Returns the results of all items in order. budget: which setting gives the
-#   number, such as "rows". model: a network, or a directory, which is loaded only if a result is missing.
+# - run.map(label, fn, items, model, budget, count=1): fn(network, some items, number) yields (index, result),
+#   `count` for each item. Returns the results of all items in order. budget: which setting gives the number,
+#   such as "rows". model: a network, or a directory, which is loaded only if a result is missing.
 #   Finished parts are kept on disk until the stage is done, under the stage, label and a hash of the items.
 # - run.training(...): the batches of a training. It saves its state and goes on from the last one.
 # - run.fit(fn, model, items, *args): fn(tokens, model, items, *args), so that it fits into memory: if memory
@@ -115,7 +115,7 @@ class Settings:
     held_out: int = base_option(256, "pairs, at most an eighth, kept from training, to check the reward", 0)
     # Before the first round: SFT, then DPO.
     sft_steps: int = base_option(0, "optimizer steps of SFT; 0: none", 0, group="first stages (SFT and DPO)")
-    sft_lr: float = base_option(2e-5, "peak learning rate of SFT; a cosine brings it down to 0", TINIEST)
+    sft_lr: float = base_option(2e-5, "learning rate of SFT, before its warm-up and cosine", TINIEST)
     sft_batch: int = base_option(32, "chosen answers per optimizer step of SFT; changes results", 1)
     dpo_steps: int = base_option(300, "optimizer steps of DPO, at most; 0: none", 0)
     dpo_lr: float = base_option(5e-7, "learning rate of that DPO, after the warm-up", TINIEST)
@@ -264,14 +264,14 @@ def prompts_of_round(run, t):
     # All of them in every round, as in the paper's code. If there are more than --max-prompts, some of them.
     return jsonl.draw(run.prompts, run.settings.max_prompts, [run.settings.seed, t])
 
-# The number of a stream of random numbers is a part of the seed. Round t samples with stream t. Evaluation
-# and fDPO have others:
+# The number of a stream of random numbers is a part of the seed. Round t has stream t. Evaluation and fDPO
+# have others:
 EVALUATION, FILTER = 2**31, 2**32
 
 def sample_answers(run, s, label, policy, prompts, count, stream):
     """`count` answers to each prompt, drawn from the policy: Samples, in the order of the prompts."""
-    # policy: a checkpoint directory, or a network. stream: the number of a stream of random numbers. Round t
-    # has the stream t, so every round draws other answers.
+    # policy: a checkpoint directory, or a network. stream: the number of a stream of random numbers. Every
+    # round has another one, so it draws other answers.
     # run.map gives draw_answers some prompts at a time and keeps what it yields. The budget "rows" (--rows)
     # is the number of sequences that are sampled at once. It gets smaller where memory runs out.
     fn = partial(draw_answers, s=s, count=count, stream=stream, stop_ids=run.tokenizer.stop_ids)
@@ -362,7 +362,7 @@ def usable_answers(samples, s):
     """(groups, lost): the usable answers of each prompt; how many prompts have too few, by the reason."""
     # Not used are answers that were cut (they have no end), answers of extreme length, and answers that the
     # reward model could not read. Of answers with the same text one is used: no text is paired with itself.
-    # A prompt with less than min_valid of its answers left gives no pair: most of its answers never end.
+    # A prompt with less than min_valid of its answers left gives no pair.
     groups, lost = [], Counter()
     for start in range(0, len(samples), s.samples):
         group = samples[start:start + s.samples]
@@ -395,7 +395,7 @@ def choose_pairs(shaped, noise=None):
 
 def length_gap(reward, length, choose, alpha):
     """How much longer the chosen answers are than the rejected ones, on average over the pairs."""
-    # A mean of signed differences: if longer and shorter answers win equally often, there is no bias.
+    # A mean of signed differences: it is 0 if longer answers win as much in length as they lose.
     prompt, best, worst = choose(reward - alpha * length)
     return float((length[prompt, best] - length[prompt, worst]).mean())
 
@@ -586,7 +586,7 @@ def fdpo_filter(run, s, t, policy_dir, prev_dir, model, epoch, pairs):
     # reward (without the length penalty). Dropped pairs stay dropped.
     # By ids, not by key: in Step-DPO the same question with other earlier steps is another prompt.
     prompts = {tuple(p.prompt.ids): p.prompt for p in pairs}
-    # To sample, a copy in the dtype of the run: the model in training is in float32, and may be sharded.
+    # To sample, the weights in the dtype of the run: those in training are float32, and may be sharded.
     policy = build_model(model.config, export(model), getattr(torch, s.dtype)).to(model.device)
     label = f"fdpo epoch {epoch + 1}"
     samples = sample_answers(run, s, label, policy, list(prompts.values()), 1, FILTER + t * 2**16 + epoch)
@@ -603,12 +603,12 @@ def fdpo_filter(run, s, t, policy_dir, prev_dir, model, epoch, pairs):
 # ------------------------------------------------------------------------------------------------------------
 # Sequence log-probs
 # Shapes: B batch, T time, C channels, H heads, G heads of keys and values, D head size, V vocabulary,
-# K answers per prompt, P prompts, N tokens of all answers in a batch
+# K answers per prompt, P prompts, N tokens of all answers in a batch, n of a chunk of them
 CHUNK_OF_LOGITS = 2**24  # logits in memory at once on a CPU: 64 MB, those of 130 tokens of Llama-3
 
 def pad(sequences, device):
     """Lists of token ids -> (B, T), with zeros on the right, and lengths (B,)."""
-    # Causal attention looks to the left only. Padding on the right is never seen, so no mask is needed.
+    # Causal attention looks to the left only. Padding on the right is never seen by a real token.
     length = [len(ids) for ids in sequences]
     tokens = torch.tensor([ids + [0] * (max(length) - len(ids)) for ids in sequences])
     return tokens.to(device), torch.tensor(length, device=device)
@@ -626,8 +626,7 @@ def forward_answers(model, prompts, answers):
     # output before it. So the last token of a sequence is no input, and the first one no target. Example: the
     # prompt 5 6 with the answer 7 8 2, and the prompt 5 with the answer 9 2, where 2 is the end token.
     #     input     5   6   7   8   5   9
-    #     target    6   7   8   2   9   2
-    #     mask      -   x   x   x   x   x
+    #     target    -   7   8   2   9   2      mask: where there is a target
     inputs, targets, mask, lengths = [], [], [], []
     for prompt, answer in zip(prompts, answers):
         inputs += (prompt + answer)[:-1]
@@ -657,7 +656,7 @@ def by_chunks(fn, model, *tensors):
     return torch.cat([fn(*chunk) for chunk in zip(*(x.split(size) for x in tensors))])
 
 class Logits(torch.autograd.Function):
-    """hidden @ weight.T: (N, C), (V, C) -> (N, V), in float32 or better."""
+    """hidden @ weight.T: (n, C), (V, C) -> (n, V), in float32 or better."""
     # Subtle: rounded to bfloat16, logits have an error of 0.04 nats a token, and a reward one of 1 nat. The
     # sums of a bfloat16 product are float32 anyway. CUDA gives them as they are, but without a gradient.
     @staticmethod
@@ -687,7 +686,7 @@ def sequence_logprobs_and_kl(model, ref_model, prompts, answers):
 def token_logprobs_and_kl(ref_model, model, hidden, ref_hidden, targets):
     """Hidden states (n, C) of both models, targets (n,) -> log-probs and KLs (n, 2)."""
     pi = F.log_softmax(Logits.apply(hidden, model.head_weight), -1)  # (n, V)
-    ref = F.log_softmax(Logits.apply(ref_hidden, ref_model.head_weight.detach()), -1)
+    ref = F.log_softmax(Logits.apply(ref_hidden, ref_model.head_weight.detach()), -1)  # it is not trained
     kl = F.kl_div(pi, ref, reduction="none", log_target=True).sum(-1)
     return torch.stack((pi.gather(-1, targets[:, None])[:, 0], kl), dim=1)
 
@@ -719,7 +718,7 @@ def continued_logprobs(model, prompt_cache, last, rows, answers):
         cache = KVCache(model.config, len(rows), prompt_cache.longest + T, model.device, model.dtype)
         cache.copy(prompt_cache, rows, list(range(len(rows))))
         hidden = torch.cat((hidden, model(targets[:, :-1], cache)), dim=1)
-    # The mask is made of lengths. To compare with a padding id would be wrong: it is often the end token.
+    # The mask is made of lengths. The padding, 0, may be the id of a real token, such as the end token.
     mask = torch.arange(T, device=model.device) < length[:, None]
     return sum_by_answer(by_chunks(token_logprobs, model, hidden[mask], targets[mask]), answers)
 
@@ -728,7 +727,7 @@ def continued_logprobs(model, prompt_cache, last, rows, answers):
 NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 class Transformer(nn.Module):
-    """GPT-2 and Llama differ by fields of model.Config. Parameter names: model.parameter_shapes."""
+    """GPT-2 and Llama differ by fields of models.Config. Parameter names: models.parameter_shapes."""
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -747,13 +746,14 @@ class Transformer(nn.Module):
     dtype = property(lambda self: self.sharded[1] if self.sharded else self.embed.weight.dtype)
     head_weight = property(lambda self: (self.embed if self.head is None else self.head).weight)  # (V, C)
 
-    def logits(self, hidden):
+    def logits(self, hidden):  # to draw tokens from; log-probs need exact sums, see Logits
         return F.linear(hidden, self.head_weight)  # (..., C) -> (..., V)
 
     def forward(self, tokens, layout=None):
         """Token ids (B, T) -> hidden states after the last norm (B, T, C), which logits() takes."""
-        # layout says what stands in a row of tokens, so where each token is and what it sees. None: a
-        # sequence from its start. A KVCache: what goes on behind a cached sequence. A Packed: all sequences.
+        # layout says what stands in a row of tokens: it gives their positions, prepare(), and attention,
+        # attend(). None: a sequence from its start. Packed: several such sequences, one after the other.
+        # KVCache: tokens that go on behind cached ones.
         if layout:
             position = layout.prepare(tokens)
         else:
@@ -814,8 +814,9 @@ def causal_attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 def varlen_attention(q, k, v, starts, k_starts, longest, k_longest, seen=None):
-    """Flash attention for sequences one after the other: q (N, H, D), k and v (M, G, D) -> (N, H, D)."""
+    """Flash attention for sequences one after the other: q (T, H, D), k and v (S, G, D) -> (T, H, D)."""
     # Sequence b has the queries from starts[b] on, and the first seen[b] keys (or all) from k_starts[b] on.
+    # Subtle: its last query sees all of these keys, the one before it all but one, and so on.
     # The kernel is called by its inner name, because varlen_attn of torch.nn.attention has no grouped heads
     # and no seqused_k before torch 2.12.
     y, *_ = torch.ops.aten._flash_attention_forward(
@@ -825,17 +826,17 @@ def varlen_attention(q, k, v, starts, k_starts, longest, k_longest, seen=None):
 
 class Packed:
     """Sequences one after the other in one row of tokens, without padding."""
-    # Attention stays within each sequence. All else in the network works on single tokens.
+    # Attention stays within each sequence. All else in the network works on single tokens. T: all tokens.
     def __init__(self, model, lengths):
         self.lengths, self.varlen = lengths, models.has_varlen_kernel(model.config, model.device, model.dtype)
         self.starts = torch.tensor([0, *lengths]).cumsum(0).int().to(model.device)  # (B + 1,)
 
     def prepare(self, tokens):
-        """The position (1, N) of each token in its sequence."""
+        """The position (1, T) of each token in its sequence."""
         return torch.cat([torch.arange(n, device=tokens.device) for n in self.lengths])[None]
 
     def attend(self, layer, q, k, v):
-        """Attention of q (1, H, N, D) to k and v (1, G, N, D) -> (1, H, N, D)."""
+        """Attention of q (1, H, T, D) to k and v (1, G, T, D) -> (1, H, T, D)."""
         if self.varlen:
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             longest = max(self.lengths)
@@ -887,7 +888,7 @@ class KVCache:
 
     def prepare(self, tokens):
         """Tokens (B, T) go on behind the first B rows. Returns their positions (B, T)."""
-        # The caller adds to self.length afterwards: it alone knows which tokens were padding.
+        # Afterwards the caller changes self.length: it alone knows which tokens are padding.
         B, T = tokens.shape
         self.position = self.length[:B, None] + torch.arange(T, device=tokens.device)
         if self.varlen:
@@ -904,7 +905,7 @@ class KVCache:
     def attend(self, layer, q, k, v):
         """Write k, v (B, G, T, D) behind the first B rows. Attention of q (B, H, T, D) to these rows."""
         # Row b has length[b] keys from before, and its T new ones. T is 1 while an answer is decoded. It is
-        # the length of the longest answer while known answers are scored behind their prompts.
+        # the length of the longest answer, less 1, while known answers are scored behind their prompts.
         B, H, T, D = q.shape
         row = self.row[:B, None]
         self.k[layer][row, self.position] = k.transpose(1, 2)
@@ -991,7 +992,7 @@ class DecodingBatch:
         self.is_stop[list(stop_ids)] = True
         self.cache = KVCache(model.config, rows, capacity, device, model.dtype)
         self.request = []  # (index of the prompt, number of the sample) of each running row
-        # The last token of each row, the tokens of its answer so far, and how many there may be.
+        # The last token of each row, how many tokens its answer has so far, and how many it may have.
         self.token, self.count, self.limit = torch.zeros(3, rows, device=device, dtype=torch.long)
         self.done = torch.ones(rows, device=device, dtype=torch.bool)
         # A row that has ended writes on behind its answer until take_finished(): hence one column more.
@@ -999,12 +1000,14 @@ class DecodingBatch:
         # A random number for each token of a row. They are drawn before its first step.
         self.uniform = torch.zeros(rows, limit + 1, device=device)
         self.graphs = {}  # number of rows -> CUDA graph of a step
-        # In a graph, see sample_token. A row that gets no token waits until there are more candidates.
+        # With varlen, steps are graphs. Then this is a limit, see sample_token. A row that gets no token for
+        # it waits until there are more candidates.
         self.candidates = 1024 if self.cache.varlen else None
         self.waits = torch.zeros_like(self.done)
 
     def add(self, prompts, count, uniform, limits):
-        """Start `count` rows for each of the prompts, (index, ids) each. limits: their longest answers."""
+        """Start `count` rows for each of the prompts, (index, ids) each."""
+        # uniform (new rows, tokens): their random numbers. limits: of each prompt, the longest answer.
         cache, last = prefill(self.model, [ids for _, ids in prompts])  # a prompt is read once for all rows
         new = slice(len(self.request), len(self.request) + len(prompts) * count)
         rows = np.repeat(np.arange(len(prompts)), count).tolist()
@@ -1058,7 +1061,7 @@ class DecodingBatch:
 
     def take_finished(self):
         """Take out the rows that have ended: a list of what generate() yields."""
-        # tolist() waits for the device. All else here is done only if a row has ended.
+        # tolist() waits for the device.
         done, waits = torch.stack((self.done, self.waits))[:, :len(self.request)].tolist()
         if any(waits):
             self.candidates *= 8
@@ -1105,7 +1108,7 @@ def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0,
     steps = 16 if batch.cache.varlen and on_token is None else 1
     waiting = deque(enumerate(prompts))
     while waiting or batch.request:
-        # New prompts come in as soon as there is room for all their answers. Else every row gets one token.
+        # New prompts come in as soon as there is room for all their answers. Else every row goes on.
         room = (rows - len(batch.request)) // count
         if waiting and room:
             group = [waiting.popleft() for _ in range(min(room, len(waiting)))]
@@ -1206,7 +1209,7 @@ def first_models(run):
 
 def run_rounds(run, policy_dir, prev_dir):
     # The rounds one after the other: from pi_1 and pi_0 to pi_2, pi_3, ...
-    first_dir, last_dir = prev_dir, None
+    first_dir, before_prev_dir = prev_dir, None
     for t in range(1, run.settings.rounds + 1):
         s = run.settings.of_round(t)
         first = s.reward_reference == "first"
@@ -1214,9 +1217,9 @@ def run_rounds(run, policy_dir, prev_dir):
         # For the report alone: with older_dir the reward of the round before is known too. It was
         # log pi_{t-1} - log pi_{t-2}, or log pi_{t-1} - log pi_0 with --reward-reference first. In round 1
         # there is none.
-        older_dir = prev_dir if first and last_dir else last_dir
+        older_dir = prev_dir if first and before_prev_dir else before_prev_dir
         new_dir = run.stage(f"round-{t}/policy", dice_round, t, policy_dir, compared_dir, older_dir)
-        last_dir = prev_dir if s.reward == "implicit" else None
+        before_prev_dir = prev_dir if s.reward == "implicit" else None
         prev_dir, policy_dir = policy_dir, new_dir
         evaluate(run, f"round-{t}", policy_dir, prev_dir)
 
