@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 
 DICE = Path(__file__).resolve().parent.parent / "dice.py"
-WORLD = {"SFT_EXAMPLES": 2000, "PREFERENCES": 64, "HELD_OUT": 6, "DICE_PROMPTS": 10}  # takes seconds
+WORLD = {"SFT_EXAMPLES": 2000, "PREFERENCES": 48, "HELD_OUT": 6, "DICE_PROMPTS": 10}  # takes seconds
 ARGV = ("--sft-steps 100 --dpo-steps 8 --samples 4 --steps 40 --min-valid 0 --chunk 32 --save-steps 5 "
         "--data-filter fdpo").split()
 FORKS = multiprocessing.get_context("forkserver")  # no run waits for torch: the server has imported it

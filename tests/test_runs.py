@@ -13,7 +13,7 @@ import types
 import weakref
 from contextlib import chdir
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import kill
@@ -42,6 +42,7 @@ def small_world():
         for name, value in kill.WORLD.items():
             patch.setattr(tiny, name, value)
         patch.setattr(plots, "save", lambda *_: None)  # half a second each
+        patch.setattr(models, "tiny_model", cache(models.tiny_model))
         yield
 
 def small(directory, *argv):
@@ -302,7 +303,7 @@ def test_b11_what_is_damaged_in_partial_is_made_again(alone, tmp_path, monkeypat
     run, log = before("round-1", alone, tmp_path), dice.Run.log
     def killed(self, row):
         log(self, row)
-        if row.get("step") == 6:
+        if row.get("step") == 5:
             raise Killed
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(dice.Run, "log", killed)
@@ -359,7 +360,7 @@ def test_a_dry_run_writes_nothing_and_a_disk_or_memory_too_small_is_refused(tmp_
     assert small(tmp_path, "--dry-run") == 0
     out, told = capsys.readouterr()
     assert "reading the data" in told and "stand in" not in told
-    for word in ("56 offline pairs and 8 held out", "parameters", "stages", "time", "disk", "memory", "GB",
+    for word in ("42 offline pairs and 6 held out", "parameters", "stages", "time", "disk", "memory", "GB",
                  "24 rows are sampled at once"):
         assert word in out
     files.write_rows(tmp_path / "long.jsonl", [{"prompt": "x " * 500}])
@@ -568,7 +569,7 @@ def little_memory(limit, monkeypatch):
 def test_out_of_memory_halves_the_pass_and_changes_no_result(tmp_path, monkeypatch, capsys):
     weights, scores = [], []
     for limit in (10**9, 200):
-        run = Bench(tmp_path / str(limit), batch=8, epochs=2, train_tokens=10**4, score_tokens=10**4)
+        run = Bench(tmp_path / str(limit), batch=8, epochs=2, train_tokens=1000, score_tokens=1000)
         pairs = random_pairs(run.net, 16)
         with monkeypatch.context() as patch:
             seen = little_memory(limit, patch)
@@ -624,7 +625,7 @@ def test_a_sharded_model_is_gone_before_the_next_one_is_loaded():
     assert kept() is None
 
 def test_a_pair_too_large_for_memory_is_named(tmp_path, monkeypatch):
-    run = Bench(tmp_path, batch=4)
+    run = Bench(tmp_path, batch=4, train_tokens=100, score_tokens=100)
     pairs = random_pairs(run.net, 4)
     little_memory(3, monkeypatch)
     with pytest.raises(InputError, match="dpo training: out of memory with one alone, of .* on the prompt '"):
@@ -639,7 +640,10 @@ def test_out_of_memory_in_sampling_takes_fewer_rows_and_gives_the_same(alone, tm
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return real(*args, rows=rows, **about)
     monkeypatch.setattr(dice, "generate", cramped)
-    assert small(tmp_path) == 0 and "again with --rows 20\n" in capsys.readouterr().err
+    monkeypatch.setattr(dice, "train", fails_at(1, None, Killed()))
+    with pytest.raises(Killed):
+        small(tmp_path)
+    assert "again with --rows 20\n" in capsys.readouterr().err
     assert tokens_of(run) == tokens_of(alone)
 
 def test_other_runtime_errors_keep_their_traceback(tmp_path, monkeypatch):
@@ -674,7 +678,7 @@ def test_the_tiny_world_runs_on_one_thread_and_others_on_the_cores_that_there_ar
     Bench(tmp_path, model="other")
     assert given == [1, 5] and torch.get_num_threads() == before
 
-def moved(directory, pairs, steps=40, sharded=False, recompute=False, masters=True, config=LLAMA,
+def moved(directory, pairs, steps=20, sharded=False, recompute=False, masters=True, config=LLAMA,
           device="cpu", **changes):
     """How far some steps move the weights of a small network, (parameters,); and the logged rows."""
     net = network(config)
@@ -691,12 +695,12 @@ def test_bfloat16_arithmetic_with_float32_masters_follows_float32_training(tmp_p
     """Of small steps: with masters they end where float32 does, within 3%; on bfloat16 weights they do not
     even go the same way. FSDP2 in float32, activations computed again, and a state in main memory change
     nothing at all; nor does a head that is the embedding."""
-    pairs = random_pairs(network(LLAMA), 64)
+    pairs = random_pairs(network(LLAMA), 32)
     for config in (LLAMA, replace(LLAMA, tied=True)):
-        plain, _ = moved(tmp_path, pairs, 5, config=config)
+        plain, _ = moved(tmp_path, pairs, 3, config=config)
         for way in ({"recompute": True}, {"sharded": True}, {"sharded": True, "offload": "all"},
                     {"offload": "moments"}, {"sharded": True, "offload": "moments"}):
-            other, _ = moved(tmp_path, pairs, 5, config=config, **way)
+            other, _ = moved(tmp_path, pairs, 3, config=config, **way)
             assert torch.equal(other, plain), way
     exact, rows = moved(tmp_path, pairs)
     close, close_rows = moved(tmp_path, pairs, dtype="bfloat16", sharded=True, recompute=True)
@@ -726,30 +730,34 @@ def from_files(alone, tmp_path):
     files.write_rows(pairs, tiny.preferences(0))
     files.write_rows(prompts, ({"prompt": text} for text in tiny.training_prompts(0)))
     options = f"--model {alone}/dpo --reference {alone}/sft --preferences {pairs} --prompts {prompts} "
-    return (options + "--samples 4 --rounds 1 --steps 5 --batch 3 --train-tokens 100 --lr 1e-4 --chunk 2 "
-            "--min-valid 0 --max-new-tokens 48").split()
+    return (options + "--samples 4 --rounds 1 --steps 5 --batch 3 --train-tokens 100 --lr 1e-4 --chunk 3 "
+            "--min-valid 0 --max-new-tokens 32").split()
 
-@pytest.mark.parametrize("offload", ["no", "all"])
-def test_two_processes_do_what_one_does(offload, from_files, tmp_path):
-    for name, count in (("one", 1), ("two", 2)):
-        argv = [*from_files, "--offload", offload]
-        codes = exit_codes(kill.start_small(tmp_path / name, argv, count))
-        assert codes == [0] * count, (tmp_path / name / "log.txt").read_text()[-2000:]
-    one, two = tmp_path / "one" / "run", tmp_path / "two" / "run"
-    assert contents(one).keys() == contents(two).keys()
-    different = set(differences(one, two)) - {"report.md", "evaluation/round-1.jsonl"}  # rounded
-    assert different == {"metrics.jsonl", "round-1/policy/model.safetensors"}
-    rows = [[row for row in rows_of(run / "metrics.jsonl") if "step" in row] for run in (one, two)]
-    assert len(rows[0]) == 5
-    for a, b in zip(*rows, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-        assert a["chosen_logprob"] == pytest.approx(b["chosen_logprob"], abs=1e-3)
-    weights = [load_file(run / "round-1/policy/model.safetensors") for run in (one, two)]
-    torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
+def test_two_processes_do_what_one_does(from_files, tmp_path):
+    """Also where the state of training is in main memory."""
+    one = tmp_path / "no-1" / "run"
+    for offload, count in (("no", 1), ("no", 2), ("all", 2)):
+        place = tmp_path / f"{offload}-{count}"
+        codes = exit_codes(kill.start_small(place, [*from_files, "--offload", offload], count))
+        assert codes == [0] * count, (place / "log.txt").read_text()[-2000:]
+        if count == 1:
+            continue
+        two = place / "run"
+        assert contents(one).keys() == contents(two).keys()
+        different = set(differences(one, two)) - {"report.md", "evaluation/round-1.jsonl"}  # rounded
+        different -= {"settings.json"} if offload == "all" else set()
+        assert different == {"metrics.jsonl", "round-1/policy/model.safetensors"}
+        rows = [[row for row in rows_of(run / "metrics.jsonl") if "step" in row] for run in (one, two)]
+        assert len(rows[0]) == 5
+        for a, b in zip(*rows, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
+            assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+            assert a["chosen_logprob"] == pytest.approx(b["chosen_logprob"], abs=1e-3)
+        weights = [load_file(run / "round-1/policy/model.safetensors") for run in (one, two)]
+        torch.testing.assert_close(*weights, atol=1e-4, rtol=0)
 
 def test_a_killed_worker_ends_the_run_and_the_command_goes_on(from_files, tmp_path):
-    argv, run = [*from_files, "--steps", "20", "--save-steps", "2", "--epochs", "9"], tmp_path / "run"
+    argv, run = [*from_files, "--steps", "12", "--save-steps", "2", "--epochs", "9"], tmp_path / "run"
     first, worker = kill.start_small(tmp_path, argv, 2)
     kept = [f"partial/round-1.*.{rank}-of-2" for rank in (0, 1)]
     wait_until(lambda: all(list(run.glob(pattern)) for pattern in kept), [first, worker], tmp_path)
@@ -759,7 +767,7 @@ def test_a_killed_worker_ends_the_run_and_the_command_goes_on(from_files, tmp_pa
     assert "another process of this run has ended" in log and "Traceback" not in log
     assert exit_codes(kill.start_small(tmp_path, argv, 2)) == [0, 0]
     assert "round-1: goes on after step" in (tmp_path / "log.txt").read_text()
-    assert len([row for row in rows_of(run / "metrics.jsonl") if "step" in row]) == 20
+    assert len([row for row in rows_of(run / "metrics.jsonl") if "step" in row]) == 12
 
 def test_8_under_torchrun_an_input_error_is_printed_once(tmp_path):
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
