@@ -160,9 +160,9 @@ def test_16_another_package_named_data_does_not_hide_ours(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "__init__.py").touch()
     root, environment = Path(dice.__file__).parent, os.environ | {"PYTHONPATH": str(tmp_path)}
-    for script in ("dice.py", "data/ultrafeedback.py"):
-        command = [sys.executable, root / script, "--help"]
-        subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, check=True)
+    started = [subprocess.Popen([sys.executable, root / script, "--help"], cwd=tmp_path, env=environment,
+                                stdout=subprocess.DEVNULL) for script in ("dice.py", "data/ultrafeedback.py")]
+    assert [process.wait() for process in started] == [0, 0]
 
 @pytest.mark.parametrize("variables", [
     {}, {"RANK": "x"}, {"RANK": "0"}, {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "x"}])

@@ -59,12 +59,12 @@ def test_text_from_data_goes_into_the_report_as_text(tmp_path):
 
 def test_jupyters_backend_and_a_picture_that_fails_do_not_cost_the_table(tmp_path, monkeypatch, capsys):
     made(tmp_path)
-    for backend in ("module://matplotlib_inline.backend_inline", "nonsense"):  # both are not installed
-        done = subprocess.run([sys.executable, report.__file__, tmp_path], capture_output=True, text=True,
-                              env=os.environ | {"MPLBACKEND": backend})
-        assert done.returncode == 0 and "| round-1 |" in done.stdout and "drawn" not in done.stderr
-        assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
-        (tmp_path / "curves.png").unlink()
+    jupyter = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}  # it is not installed
+    done = subprocess.run([sys.executable, report.__file__, tmp_path], capture_output=True, text=True,
+                          env=os.environ | jupyter)
+    assert done.returncode == 0 and "| round-1 |" in done.stdout and "drawn" not in done.stderr
+    assert (tmp_path / "curves.png").read_bytes()[1:4] == b"PNG"
+    (tmp_path / "curves.png").unlink()
     def broken(*_):
         raise RuntimeError("a\nbug")
     monkeypatch.setattr(plots, "curves", broken)
