@@ -33,7 +33,7 @@ def parse(argv):
     for name in ("model", "chat", "system", "seed", "device", "dtype", "rows"):
         shown[name] = options.all_options(dice.Settings)[name]
     options.add_arguments(parser, shown)
-    args = parser.parse_args(argv)
+    args = options.read_arguments(parser, argv)
     require(args.model, "--model NAME: give a name or a Hugging Face directory")
     values = dict(models.PRESETS[args.model].settings) if args.model in models.PRESETS else {}
     values |= {name: value for name, value in vars(args).items() if value is not None}
@@ -132,6 +132,8 @@ def write_answers(args, model, tokenizer, settings, rows):
     text = json.dumps(table, indent=1) + "\n"
     write_file(Path(args.output), lambda scratch: scratch.write_text(text, encoding="utf-8"))
     part.unlink()
+    cut = sum(ids[-1] not in tokenizer.stop_ids for ids in drawn.values())
+    processes.log_info(f"{args.output}: {len(drawn)} answers, {cut} of them cut by --max-new-tokens")
 
 def open_part(part, tokenizer, settings, prompts):
     """{index: ids} of the answers in `part`. Its first line is a hash of all that they depend on."""

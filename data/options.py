@@ -172,12 +172,21 @@ def make_parser(description, options, losses, values):
         add_arguments(known["--loss"].container, own, values, f"of --loss {name}: ")
     return parser
 
+def read_arguments(parser, argv):
+    """parser.parse_args, with a hint for an option that is misspelled."""
+    args, unknown = parser.parse_known_args(argv)
+    name = unknown[0].split("=")[0] if unknown else ""
+    close = difflib.get_close_matches(name, parser._option_string_actions, 1)
+    hint = f"did you mean {close[0]}?" if close else "see --help"
+    require(not unknown, f"{' '.join(unknown)}: no such option; {hint}")
+    return args
+
 def parse(settings_class, description, losses, argv=None):
     """The command line of dice.py -> (settings, is it a dry run?). The value of a setting is the given one,
     else a newly chosen loss's, else that of --start-from's run, else the preset's, else the default."""
     options, presets = all_options(settings_class), {name: p.settings for name, p in models.PRESETS.items()}
     parser = make_parser(description, options, losses, {})
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    given = {name: value for name, value in vars(read_arguments(parser, argv)).items() if value is not None}
     dry_run, wants_help = given.pop("dry_run"), given.pop("help")
     inherited = inherit(given, options | losses.own) if "start_from" in given else {}
     loss, loss_defaults = given.get("loss", inherited.get("loss", options["loss"].default)), {}
@@ -214,6 +223,9 @@ def replace_missing(settings):
         repository = models.PRESETS[name].repository if name in models.PRESETS else ""
         if repository and not models.place(repository).exists():
             missing.append(name)
+        there = name in models.PRESETS or os.path.exists(name) or not models.REPOSITORY.fullmatch(name)
+        require(there or models.place(name).exists(), f"{name}: is not downloaded, and a dry run downloads "
+                "nothing; give a preset, or leave out --dry-run to download it")
     if missing and is_first():
         log_info(f"not downloaded: {', '.join(missing)}; a dry run downloads nothing, so random weights "
                  "of the same shape stand in")
@@ -231,7 +243,8 @@ def inherit(given, options):
     a given setting would change its models. given["start_from"] becomes the run that made the models."""
     directory = given["start_from"]
     known = read_json(Path(directory) / "settings.json")
-    require(known, f"--start-from {directory}: no settings.json in it; give the directory of a run")
+    require(known, f"--start-from {directory}: is not there, or has no settings.json in it; give the "
+            "directory of a run")
     require("out" in given, f"--start-from {directory}: give --out DIR too, a directory for the new run")
     given["start_from"] = known.pop("start_from", "") or str(Path(directory).resolve())
     for name, value in given.items():

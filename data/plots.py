@@ -3,7 +3,7 @@
 They need matplotlib. Without it, or if a picture fails for another reason, a line says so, and no more."""
 import math
 import os
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 
@@ -117,9 +117,10 @@ def curves(figure, metrics, table):
         ("tokens of the answers in the pairs", by_step, dpo, ["chosen_tokens", "rejected_tokens"]),
         ("KL of the sampled policy, nats an answer", by_stage, rounds, ["kl_to_previous", "kl_to_first"]),
         ("characters of the sampled answers", by_stage, rounds, ["answer_chars"]),
-        ("the reward agrees with offline pairs that\nwere never trained on (0.5 is chance)", by_stage, rounds,
-         ["offline_agreement"]),
-        ("win rate against the model before round 1, %", by_stage, table, ["win rate", "length-controlled"])]
+        ("the reward agrees with offline pairs that\nwere never trained on (0.5 is chance)",
+         partial(by_stage, top=1), rounds, ["offline_agreement"]),
+        ("win rate against the model before round 1, %", partial(by_stage, top=100), table,
+         ["win rate", "length-controlled"])]
     panels = [panel for panel in panels if any(is_known(panel[2], key) for key in panel[3])]
     lines = max(1, math.ceil(len(panels) / 3))
     figure.set_size_inches(12, 2.8 * lines)
@@ -157,9 +158,11 @@ def by_step(axis, stages, values, name, colour, marker):
     finish(axis, len(names))
     axis.set_xlabel(f"training steps, {len(stages):,} in all", fontsize=8)
 
-def by_stage(axis, stages, values, name, colour, marker):
+def by_stage(axis, stages, values, name, colour, marker, top=None):
+    """From 0 up, so that a small change looks small."""
     axis.plot(stages, values, color=colour, marker=marker, label=name)
     finish(axis, len(stages))
+    axis.set_ylim(min(0, axis.dataLim.y0), top or 1.1 * axis.dataLim.y1 or 1)
 
 def finish(axis, stages):
     axis.tick_params(labelsize=8)

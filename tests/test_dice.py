@@ -774,6 +774,8 @@ def test_13_dummy_weights_and_a_dry_run_need_no_data_file_and_a_dry_run_no_downl
     assert "prompts  200 of " in printed.out and " minute" in printed.out and "hours" not in printed.out
     assert dice.main(["--model", str(checkpoint), "--dry-run", "--max-tokens", "64", "--rounds", "0"]) == 2
     assert "stand-in pairs: no pair can be used within 64 tokens" in capsys.readouterr().err
+    assert dice.main(["--model", "o/other", "--dry-run"]) == 2
+    assert "o/other: is not downloaded, and a dry run downloads nothing" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
     assert dice.main([*argv, "--weights", "dummy"]) == 0
     assert (tmp_path / "run" / "round-1" / "policy" / "model.safetensors").exists()

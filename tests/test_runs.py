@@ -343,7 +343,7 @@ def test_d15_closed_streams_and_a_reader_that_has_gone(alone, tmp_path):
     gone = subprocess.Popen([*argv, "run"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     gone.stdout.close()
     told = gone.stderr.read().decode()
-    assert told.startswith("run: goes on where it stopped\n1 x cpu, 1 thread(s); float32; training takes ")
+    assert told.startswith("run: is finished\n1 x cpu, 1 thread(s); float32; training takes ")
     assert told.count("\n") == 2 and gone.wait() == 141
     closed = ["sh", "-c", 'exec "$@" >&- 2>&-', "", *argv, "new", "--prompts", "nowhere"]
     assert subprocess.run(closed, cwd=tmp_path).returncode == 2 and not (tmp_path / "new").exists()

@@ -116,10 +116,10 @@ def test_alpacaeval_form_in_the_order_of_the_file(capsys, tmp_path, tiny_model, 
     rows = [{"instruction": " Name three\ncolours. ", "dataset": "helpful", "output": "x", "generator": "y"},
             *[{"instruction": "Grüße?"}] * 2, {"prompt": [{"role": "user", "content": "Hi"}]}]
     prompts, output = write_prompts(tmp_path / "p.json", *rows, array=array), tmp_path / "answers.json"
-    code, out, _ = run(capsys, "--model", tiny_model, "--prompts", prompts, "--output", output,
-                       "--max-new-tokens", 12, "--rows", 2)
+    code, out, told = run(capsys, "--model", tiny_model, "--prompts", prompts, "--output", output,
+                          "--max-new-tokens", 12, "--rows", 2)
     answers = json.loads(output.read_text())
-    assert (code, out) == (0, "")
+    assert (code, out) == (0, "") and told.endswith(": 4 answers, 4 of them cut by --max-new-tokens\n")
     assert [a["instruction"] for a in answers] == [" Name three\ncolours. ", "Grüße?", "Grüße?", "Hi"]
     assert {a["generator"] for a in answers} == {tiny_model}
     assert [a.get("dataset") for a in answers] == ["helpful", None, None, None]
@@ -196,7 +196,8 @@ def test_a_prompt_longer_than_the_context_is_named_by_file_and_line(capsys, tmp_
     ("--prompts no/such/file --output answers.json", "no/such/file"),
     ("--prompts b --output no/such/directory/answers.json", "no/such/directory"),
     ("--prompt a --model=", "--model NAME"), ("--prompt a --model no/such/model", "no/such/model"),
-    ("--prompt a --device abacus", "abacus")])
+    ("--prompt a --device abacus", "abacus"),
+    ("--prompt a --temprature=2", "--temprature=2: no such option; did you mean --temperature?")])
 def test_bad_input_is_one_line(capsys, tiny_model, argv, words):
     assert words in refused(capsys, "--model", tiny_model, *argv.split())
 
