@@ -4,7 +4,7 @@ A model pi_t that DPO has trained from pi_{t-1} carries a reward: log pi_t(y|x) 
 of DICE turns that reward into new preference pairs, with no new labels. dice_round() is the whole method:
 
     1. sample   K answers to each prompt from pi_t                              sample_answers, generate
-    2. score    their log-probs under pi_t and pi_{t-1}: the implicit reward    add_rewards, score
+    2. score    their log-probs under pi_t and pi_{t-1}: the implicit reward    add_rewards, answer_logprobs
     3. shape    reward - alpha * length; alpha takes out the length bias        search_alpha
     4. pair     the best answer of each prompt against its worst                make_pairs, choose_pairs
     5. replay   mix in a share gamma of the original offline pairs              mix_replay
@@ -288,7 +288,8 @@ def draw_answers(model, prompts, rows, s, count, stream, stop_ids):
 def add_logprobs(run, label, samples, model_dir, name="logprob"):
     """Give samples their log-prob under a model, as their attribute `name`."""
     # The token ids are scored as they were sampled. Decoding and encoding again may give other ids.
-    for x, logprob in zip(samples, run.map(f"{label} {name}", score, samples, model_dir, "score_tokens")):
+    label = f"{label} {name}"
+    for x, logprob in zip(samples, run.map(label, answer_logprobs, samples, model_dir, "score_tokens")):
         setattr(x, name, logprob)
 
 def add_rewards(run, s, label, samples, policy_dir, prev_dir):
@@ -533,10 +534,10 @@ def train(run, s, model_dir, items, loss_fn, *, lr, steps, epochs, batch, cosine
         # run.fit puts in the first argument of accumulate, the tokens of a pass.
         row = run.fit(accumulate, model, group, loss_fn, s)
         row["grad_norm"] = float(models.full_tensor(nn.utils.clip_grad_norm_(weights.values(), s.clip)))
-        # One NaN in the gradient would turn all weights into NaN. So the run stops before this step. (score
-        # is for the log-probs in the file that it writes.)
+        # One NaN in the gradient would turn all weights into NaN. So the run stops before this step,
+        # and writes the items with their log-probs to a file.
         if not math.isfinite(row["loss"] + row["grad_norm"]):
-            raise run.not_finite(model, weights, optimizer, step, group, row, score)
+            raise run.not_finite(model, weights, optimizer, step, group, row, answer_logprobs)
         optimizer.step()
         run.log_step(step, row, lr=rate)
     return export(model)
@@ -691,7 +692,7 @@ def token_logprobs_and_kl(ref_model, model, hidden, ref_hidden, targets):
     return torch.stack((pi.gather(-1, targets[:, None])[:, 0], kl), dim=1)
 
 @torch.no_grad()
-def score(model, samples, tokens):
+def answer_logprobs(model, samples, tokens):
     """Sequence log-probs: yields (index of the sample, log-prob), in passes of at most `tokens` tokens."""
     # A prompt is read once for all its answers: first the prompts, then the answers as their continuation.
     indices = {}  # prompt -> indices of its samples
@@ -907,9 +908,8 @@ class KVCache:
         # Row b has length[b] keys from before, and its T new ones. T is 1 while an answer is decoded. It is
         # the length of the longest answer, less 1, while known answers are scored behind their prompts.
         B, H, T, D = q.shape
-        row = self.row[:B, None]
-        self.k[layer][row, self.position] = k.transpose(1, 2)
-        self.v[layer][row, self.position] = v.transpose(1, 2)
+        self.k[layer][self.row[:B, None], self.position] = k.transpose(1, 2)
+        self.v[layer][self.row[:B, None], self.position] = v.transpose(1, 2)
         if not self.longest:  # prompts are read into an empty cache
             return causal_attention(q, k, v)
         k, v = self.k[layer], self.v[layer]  # (rows, capacity, G, D)
@@ -1243,7 +1243,7 @@ def main(argv=None):
     settings, dry_run = options.parse(Settings, __doc__, LOSSES, argv)
     run = Run(settings, dry_run)
     if dry_run:
-        return plan.print_plan(run, new_model, generate, score, Sample, prompts_of_round)
+        return plan.print_plan(run, new_model, generate, answer_logprobs, Sample, prompts_of_round)
     with run:  # locks the directory; Ctrl-C waits for the next safe point
         run_rounds(run, *first_models(run))
         print(report.write(run.out))

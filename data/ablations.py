@@ -80,7 +80,7 @@ def unlearned(run, policy_dir):
         samples = dice.answers_of(dice.load_pairs(rows, run.tokenizer, run.settings, run.config.context))
         new_dir, ratio = run.out / f"round-{t}/policy", np.zeros(len(samples))
         for sign, model_dir in ((1, new_dir), (-1, policy_dir)):
-            for i, logprob in dice.score(run.load(model_dir), samples, run.settings.score_tokens):
+            for i, logprob in dice.answer_logprobs(run.load(model_dir), samples, run.settings.score_tokens):
                 ratio[i] += sign * logprob
         margin = run.settings.beta * (ratio[0::2] - ratio[1::2])
         found[f"round-{t}"] = float((0.5 - 0.5 * np.tanh(margin / 2)).mean())

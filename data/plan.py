@@ -12,14 +12,14 @@ from data.files import require
 from data.processes import log_info, rank, world
 from data.runs import free_last_model
 
-def print_plan(run, new_model, generate, score, make_sample, prompts_of_round):
+def print_plan(run, new_model, generate, answer_logprobs, make_sample, prompts_of_round):
     """Print stages, hours, disk and memory of a run; write nothing. InputError if the disk is too small, or
     main memory for the training."""
     s, c = run.settings, run.config
     s.offload, needed = memory.choose_offload(s, c, run.device)
     machine = memory.machine(s, run.device, needed)
     rounds = [(s.of_round(t), prompts_of_round(run, t)) for t in range(1, s.rounds + 1)]
-    count, sampling, scoring = measure(run, new_model, generate, score, make_sample)
+    count, sampling, scoring = measure(run, new_model, generate, answer_logprobs, make_sample)
     # Mean tokens of a prompt and of an answer. Without offline answers: half of the longest.
     prompt = sum(len(p.ids) for p in run.prompts) / len(run.prompts)
     lengths = [len(x.tokens) for p in run.offline for x in (p.chosen, p.rejected)]
@@ -75,7 +75,7 @@ def spoken(hours):
         return f"{hours:.1f} hours"
     return "1 minute" if minutes == 1 else f"{minutes} minutes"
 
-def measure(run, new_model, generate, score, make_sample):
+def measure(run, new_model, generate, answer_logprobs, make_sample):
     """(parameters of the policy, seconds to sample a token, seconds to read and score one)."""
     s, saved = run.settings, run.policy_dir.exists()
     count = sum(math.prod(shape) for shape in models.parameter_shapes(run.config).values())
@@ -99,7 +99,7 @@ def measure(run, new_model, generate, score, make_sample):
         samples = [make_sample(prompts[i], tokens, "") for i, _, tokens, _ in drawn[:64]]
         log_info(f"scoring {len(samples)} of them {what}")
         started = time.perf_counter()
-        list(score(model, samples, s.score_tokens))
+        list(answer_logprobs(model, samples, s.score_tokens))
         read = sum(len(x.tokens) for x in samples) + sum(map(len, {tuple(x.prompt.ids) for x in samples}))
         per_read = (time.perf_counter() - started) / read
     return count, per_sampled, per_read

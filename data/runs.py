@@ -408,14 +408,14 @@ class Run:
         if stop:
             raise Interrupted(f"stopped. What is done is in {self.out}; the same command goes on from there")
 
-    def not_finite(self, model, weights, optimizer, step, group, row, score):
+    def not_finite(self, model, weights, optimizer, step, group, row, answer_logprobs):
         """An InputError for a step that would spoil the model. Saves the state before it, and its batch."""
         optimizer.zero_grad(set_to_none=True)
         self.save_training(weights, optimizer, step)
         samples = []
         for item in group:
             samples += [item.chosen, item.rejected] if hasattr(item, "chosen") else [item]
-        logprobs = dict(score(model, samples, self.budget["score_tokens"]))
+        logprobs = dict(answer_logprobs(model, samples, self.budget["score_tokens"]))
         name = f"{self.stage_name}-not-finite.jsonl"
         self.write_rows(name, [{"prompt": x.prompt.content, "text": x.text, "tokens": x.tokens,
                                 "ref_logprob": x.logprob, "logprob": logprobs[i]}

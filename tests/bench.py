@@ -172,7 +172,10 @@ def our_standard(args, config, sizes):
 def our_scoring(args, config, sizes):
     net, rows = dice.load_model(args.weights, args.device, dtype_of(args)), answers_of(config, sizes)
     tokens = our_settings(args, config).score_tokens
-    return lambda: scoring_result(config, rows, [x for _, x in dice.score(net, our_samples(rows), tokens)])
+    def work():
+        logprobs = dict(dice.answer_logprobs(net, our_samples(rows), tokens))
+        return scoring_result(config, rows, list(logprobs.values()))
+    return work
 
 def our_training(args, config, sizes):
     s, rows, log = our_settings(args, config), pairs_of(config, sizes), []
@@ -182,7 +185,7 @@ def our_training(args, config, sizes):
     run.log_speed = lambda *_, **__: None
     def work():
         samples = our_samples([(p, a) for p, *both in rows for a in both])
-        for i, logprob in dice.score(net, samples, s.score_tokens):
+        for i, logprob in dice.answer_logprobs(net, samples, s.score_tokens):
             samples[i].logprob = logprob
         for unit in net.modules():
             if isinstance(unit, FSDPModule):

@@ -51,7 +51,7 @@ def random_ids(rng, *lengths, vocab=90):
     return [rng.integers(4, vocab, n).tolist() for n in lengths]
 
 def scores(net, samples, tokens=500):
-    found = dict(dice.score(net, samples, tokens))
+    found = dict(dice.answer_logprobs(net, samples, tokens))
     return [found[i] for i in range(len(samples))]
 
 def rows_of(path):
@@ -347,7 +347,8 @@ def test_prompts_read_once_give_the_scores_of_prompts_read_for_each_answer(confi
         read.clear()
 
 def test_log_probs_in_chunks_have_the_values_and_gradients_of_log_softmax_and_keep_no_logits(monkeypatch):
-    net, rng, rows, kept, real = network(LLAMA).double(), np.random.default_rng(0), [], [], dice.Logits.forward
+    net, rng, rows, kept = network(LLAMA).double(), np.random.default_rng(0), [], []
+    real = dice.Logits.forward
     prompts, answers = random_ids(rng, 3, 1, 12), random_ids(rng, 7, 9, 20)
     scale = torch.tensor([1.0, -2.0, 3.0])
     def forward(ctx, hidden, weight):

@@ -573,7 +573,8 @@ def test_out_of_memory_halves_the_pass_and_changes_no_result(tmp_path, monkeypat
         pairs = random_pairs(run.net, 16)
         with monkeypatch.context() as patch:
             seen = little_memory(limit, patch)
-            scores.append(run.map("scores", dice.score, dice.answers_of(pairs), run.net, "score_tokens"))
+            answers = dice.answers_of(pairs)
+            scores.append(run.map("scores", dice.answer_logprobs, answers, run.net, "score_tokens"))
             weights.append(train_dpo(run, pairs, steps=4))
         assert len(run.metrics) == 4 and max(seen) <= limit
         assert (max(run.budget["score_tokens"], run.budget["train_tokens"]) < 400) == (limit == 200)
@@ -631,7 +632,7 @@ def test_a_pair_too_large_for_memory_is_named(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="dpo training: out of memory with one alone, of .* on the prompt '"):
         train_dpo(run, pairs, steps=1)
     with pytest.raises(InputError, match="dpo scores: out of memory with one alone, of .* on the prompt '"):
-        run.map("scores", dice.score, [pairs[0].chosen], run.net, "score_tokens")
+        run.map("scores", dice.answer_logprobs, [pairs[0].chosen], run.net, "score_tokens")
 
 def test_out_of_memory_in_sampling_takes_fewer_rows_and_gives_the_same(alone, tmp_path, monkeypatch, capsys):
     real, run = dice.generate, before("round-1", alone, tmp_path)
@@ -649,7 +650,7 @@ def test_out_of_memory_in_sampling_takes_fewer_rows_and_gives_the_same(alone, tm
 def test_other_runtime_errors_keep_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setattr(dice, "continued_logprobs", fails_at(1, None, RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
-        Bench(tmp_path).map("scores", dice.score, random_samples(), network(LLAMA), "score_tokens")
+        Bench(tmp_path).map("scores", dice.answer_logprobs, random_samples(), network(LLAMA), "score_tokens")
 
 # --------------------------------------------------------------------------------- Precision and processes
 @pytest.mark.parametrize("affinity, quota, cores", [
