@@ -152,7 +152,7 @@ class Run:
             return directory
         directory = self.out / name
         if any_process(not directory.exists()):
-            dtype, state = getattr(torch, self.settings.dtype), {}
+            dtype, state, started = getattr(torch, self.settings.dtype), {}, time.perf_counter()
             for key, tensor in make(self, *args):  # all processes take part
                 if rank() == 0:
                     state[key] = tensor.to("cpu", dtype)
@@ -163,6 +163,7 @@ class Run:
                 self.flush_metrics()
                 models.write_checkpoint(directory, self.config, state, self.tokenizer)
             self.end_stage()
+            log_info(f"{self.stage_name}: done after {(time.perf_counter() - started) / 60:.1f} minutes")
         return directory
 
     def given(self, directory, seed):
