@@ -146,22 +146,19 @@ LAPTOP = PAPER | dict(
 
 LLAMA3_8B = Config(vocab_size=128256, context=8192, layers=32, width=4096, heads=32, kv_heads=8,
                    head_size=128, hidden=14336, rope_theta=500000.0)
-SKYWORK_8B = replace(LLAMA3_8B, context=131072, num_labels=1, rope_scaling=dict(  # Llama 3.1
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192))
-MISTRAL_7B = Config(vocab_size=32000, context=4096, layers=32, width=4096, heads=32, kv_heads=8,
-                    head_size=128, hidden=14336)
-LLAMA32_1B = Config(vocab_size=128256, context=131072, layers=16, width=2048, heads=32, kv_heads=8,
-                    head_size=64, hidden=8192, tied=True, rope_theta=500000.0, rope_scaling=dict(
-                        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                        original_max_position_embeddings=8192))
+LLAMA31_SCALING = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                       original_max_position_embeddings=8192)
+SKYWORK_8B = replace(LLAMA3_8B, context=131072, num_labels=1, rope_scaling=LLAMA31_SCALING)
+LLAMA32_1B = replace(LLAMA3_8B, context=131072, layers=16, width=2048, head_size=64, hidden=8192, tied=True,
+                     rope_scaling=LLAMA31_SCALING | dict(factor=32.0))
+MISTRAL_7B = replace(LLAMA3_8B, vocab_size=32000, context=4096, rope_theta=10000.0)
 QWEN25_05B = Config(vocab_size=151936, context=32768, layers=24, width=896, heads=14, kv_heads=2,
                     head_size=64, hidden=4864, qkv_bias=True, tied=True, eps=1e-6, rope_theta=1000000.0)
 QWEN3_06B = Config(vocab_size=151936, context=32768, layers=28, width=1024, heads=16, kv_heads=8,
                    head_size=128, hidden=3072, qk_norm=True, tied=True, eps=1e-6, rope_theta=1000000.0)
 SMOLLM2_135M = Config(vocab_size=49152, context=8192, layers=30, width=576, heads=9, kv_heads=3, head_size=64,
                       hidden=1536, tied=True, rope_theta=100000.0)
-SMOLLM2_360M = Config(vocab_size=49152, context=8192, layers=32, width=960, heads=15, kv_heads=5,
-                      head_size=64, hidden=2560, tied=True, rope_theta=100000.0)
+SMOLLM2_360M = replace(SMOLLM2_135M, layers=32, width=960, heads=15, kv_heads=5, hidden=2560)
 
 def gpt2_shape(layers, width):
     return Config(vocab_size=50257, context=1024, layers=layers, width=width, heads=width // 64,
@@ -199,10 +196,6 @@ PRESETS = {
 # ORGANISATION/NAME, as the hub allows it.
 REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 
-def place(repository: str) -> Path:
-    """The directory of a repository of the hub, which may not be there yet."""
-    return Path(os.path.expanduser(os.environ.get("DICE_WEIGHTS") or "weights"), repository)
-
 def resolve(name: str) -> Path:
     """What `--model` is given, a preset's name, a directory or ORGANISATION/NAME on the Hugging Face hub ->
     the directory of the model. A directory that exists is taken as it is. What is on the hub is downloaded to
@@ -212,7 +205,7 @@ def resolve(name: str) -> Path:
     require(name != "tiny", "tiny: is made by dice.py from nothing; give a policy of its runs, like "
             "out/tiny/round-2/policy")
     if name in PRESETS or not path.exists() and REPOSITORY.fullmatch(name):
-        path = place(repository)
+        path = Path(os.path.expanduser(os.environ.get("DICE_WEIGHTS") or "weights"), repository)
         if not path.exists():
             download_repository(repository, path)
     require((path / "config.json").is_file(), f"{path}: not a model directory (no config.json in it); give a "
@@ -397,17 +390,13 @@ def config_json(config: Config) -> dict:
     if c.raw and parse_config(c.raw, "config.json") == c:
         return dict(c.raw)
     fields = {"vocab_size": c.vocab_size, "tie_word_embeddings": c.tied}
-    family = (c.position, c.norm, c.mlp)
-    # Qwen2 has biases of q, k and v alone. Qwen3 has no bias in the MLP.
-    name = "Qwen3" if c.qk_norm else "Llama" if c.qkv_bias == c.out_bias else "Qwen2"
-    fits = {"Qwen3": c.qkv_bias == c.out_bias and not c.mlp_bias, "Llama": True,
-            "Qwen2": c.qkv_bias > c.mlp_bias}
-    if family == ("learned", "layer", "gelu") and not c.qk_norm and c.qkv_bias and c.out_bias and c.mlp_bias \
-            and c.kv_heads == c.heads and c.heads * c.head_size == c.width:
+    if c.position == "learned":
         fields |= {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_positions": c.context,
                    "n_embd": c.width, "n_layer": c.layers, "n_head": c.heads, "n_inner": c.hidden,
                    "activation_function": "gelu_new", "layer_norm_epsilon": c.eps}
-    elif family == ("rotary", "rms", "swiglu") and fits[name]:
+    else:
+        # Qwen2 has biases of q, k and v alone.
+        name = "Qwen3" if c.qk_norm else "Llama" if c.qkv_bias == c.out_bias else "Qwen2"
         fields |= {
             "architectures": [f"{name}ForCausalLM"], "model_type": name.lower(), "hidden_size": c.width,
             "max_position_embeddings": c.context, "num_hidden_layers": c.layers,
@@ -415,8 +404,9 @@ def config_json(config: Config) -> dict:
             "intermediate_size": c.hidden, "hidden_act": "silu", "rms_norm_eps": c.eps,
             "attention_bias": c.out_bias, "mlp_bias": c.mlp_bias, "rope_theta": c.rope_theta,
             "rope_scaling": c.rope_scaling and {"rope_type": "llama3", **c.rope_scaling}}
-    else:
-        raise InputError(f"no Hugging Face architecture has this shape, so it cannot be saved: {config}")
+    read = parse_config(fields, "config.json")
+    require(replace(read, num_labels=c.num_labels, pad=c.pad) == c,
+            f"no Hugging Face architecture has this shape, so it cannot be saved: {config}")
     return fields
 
 # ---------------------------------------------------------------------------------------- weights
