@@ -102,12 +102,8 @@ def names_the_file(path: Path):
     except SafetensorError as error:
         raise OSError(None, str(error), str(path)) from error
 
-def scratch_of(path: Path) -> Path:
-    """Where a file or directory is made before it has its name."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-
 def remove_scratch(directory: Path):
-    """Remove what scratch_of() has named below a directory. No link is followed."""
+    """Remove what a killed process has left of whole() below a directory. No link is followed."""
     for path in list(directory.rglob(".*." + 8 * "[0-9a-f]" + ".tmp")):
         remove(path)
 
@@ -122,7 +118,7 @@ def whole(path: Path):
     """Gives a path at which to make a file, or a directory of files. After the block it is renamed to `path`:
     that is complete or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = scratch_of(path)
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with names_the_file(path):
             yield scratch
