@@ -62,7 +62,7 @@ class Run:
             torch.set_num_threads(1)
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(usable_cores())
-        # Lowered for the rest of the run when memory runs out. (On a GPU rows are not: see limits().)
+        # Lowered for the rest of the run when memory runs out. (On a GPU rows are not: see map().)
         self.budget = {name: getattr(settings, name) for name in ("rows", "score_tokens", "train_tokens")}
         self.stage_name = ""
 
@@ -189,14 +189,14 @@ class Run:
         kept, as a line of a file in partial/, under the label and a hash of the items; InputError if other
         items were kept under the label. The processes share the chunks; the bar is of the first one's share.
         check(chunk, results) is called after the first chunk, to warn early."""
-        label = f"{self.stage_name} {label}"
+        s, label = self.settings, f"{self.stage_name} {label}"
         # The prompts of a chunk have similar lengths: a row of the sampler has room for the longest of them.
         # The longest prompts come first: if memory runs out, it is at once.
         order = longest_first(items) if budget == "rows" else range(len(items))
         items = [items[i] for i in order]
         hashed = hash_of(items)
         # A prompt costs as much as its K answers.
-        size = self.settings.chunk * (1 if budget == "rows" else getattr(self.settings, "samples", 1))
+        size = s.chunk * (1 if budget == "rows" else getattr(s, "samples", 1))
         done = self.kept(label, hashed)
         barrier()  # all have read before one writes
         chunks = []
@@ -213,7 +213,10 @@ class Run:
             for start, chunk in mine:
                 started = time.perf_counter()
                 least = count if budget == "rows" else max(map(len, chunk))
-                limits = self.limits(budget, network, chunk, count)
+                limits = self.budget
+                if budget == "rows" and self.device.startswith("cuda"):  # they follow from what is free now
+                    rows = memory.rows_in_flight(network, chunk, count, s.sampling, s.rows)
+                    limits = {"rows": rows}
                 results = self.again(limits, budget, least, label, chunk, self.run_chunk,
                                      fn, network, chunk, count, bar, bar.n)
                 path = self.partial(f"{label}.{rank()}.jsonl")
@@ -227,13 +230,6 @@ class Run:
         for place, i in enumerate(order):
             results[i * count:(i + 1) * count] = [done[place * count + k] for k in range(count)]
         return results
-
-    def limits(self, budget, network, chunk, count):
-        """{budget: its value for a chunk}. On a GPU the rows follow from the memory that is free now."""
-        s = self.settings
-        if budget == "rows" and self.device.startswith("cuda"):
-            return {"rows": memory.rows_in_flight(network, chunk, count, s.sampling, s.rows)}
-        return self.budget
 
     def run_chunk(self, budget, fn, network, chunk, count, bar, begin):
         results = [None] * (len(chunk) * count)
