@@ -126,11 +126,10 @@ LLAMA3 = LARGE | dict(chat="llama3")
 ZEPHYR = LARGE | dict(chat="zephyr", temperature=0.7, top_p=0.9)
 # Base models: SFT on the chosen answers of the paper's 10k pairs (3 epochs), DPO on the pairs (1 epoch), DICE
 # on their prompts. Lengths and rows are for cards of 24 GB (gpt2-xl: 48). Usual values, not tuned here.
-# The tokens of a pass are estimates, to be measured. Of each token training keeps, in bfloat16, what the
-# layers made: 0.3 MB of gpt2, 0.6 of smollm2-135m, 1.3 of qwen2.5-0.5b, 1.7 of qwen3-0.6b. So 8192 or 4096
-# tokens take 3 to 7 GB, beside 16 bytes a parameter (2 to 10 GB) and 2 GB for logits. llama3.2-1b has its
-# state in main memory and makes its layers again: 8192 tokens take 2 GB. Scoring keeps keys and values alone,
-# 0.2 MB a token at most. Where memory runs out, a run goes on with fewer.
+# The tokens of a pass are estimates: training keeps of each token, in bfloat16, 0.3 MB (gpt2) to 1.7 MB
+# (qwen3-0.6b) of what the layers made, beside 16 bytes a parameter (2 to 10 GB) and 2 GB for logits.
+# llama3.2-1b has its state in main memory and makes its layers again. Where memory runs out, a run goes on
+# with fewer.
 BASE = dict(preferences=PAPER["preferences"], max_new_tokens=1024, max_tokens=2048, rows=64, sft_steps=900,
             dpo_lr=1e-6, lr=1e-6, score_tokens=16384, train_tokens=4096)
 # The smallest models take larger steps.
@@ -255,7 +254,7 @@ def find_models(settings, out):
     require(not prev_dir or s.reward != "implicit" or not prev_dir.samefile(policy_dir),
             f"--reference {s.reference}: is --model itself, so all rewards would be 0; give the model that "
             "--model was DPO-trained from")
-    for directory in dict.fromkeys([policy_dir, prev_dir or policy_dir]):
+    for directory in filter(None, [policy_dir, prev_dir]):
         other = read_config(directory)
         require(not other.num_labels, f"{directory}: is a reward model; give it to --reward of dice.py")
         require(other.vocab_size >= tokenizer.vocab_size and other.context >= config.context,
