@@ -89,6 +89,9 @@ def parameter_shapes(config: Config) -> dict[str, tuple]:
         shapes["head.weight"] = (config.num_labels or V, C)
     return shapes
 
+def count_parameters(config: Config) -> int:
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
 @lru_cache  # a step asks for them before its graph is captured: they are no part of the graph
 def rotary_frequencies(config, device):
     """Angle per position of each channel, (D,) float32. Llama-3.1 stretches the slow ones."""
@@ -195,6 +198,10 @@ PRESETS = {
 # ORGANISATION/NAME, as the hub allows it.
 REPOSITORY = re.compile(r"(?!.*(--|\.\.))\w([\w.-]*\w)?/\w([\w.-]{0,94}\w)?", re.ASCII)
 
+def place(repository: str) -> Path:
+    """The directory of a repository of the hub, which may not be there yet."""
+    return Path(os.path.expanduser(os.environ.get("DICE_WEIGHTS") or "weights"), repository)
+
 def resolve(name: str) -> Path:
     """What `--model` is given, a preset's name, a directory or ORGANISATION/NAME on the Hugging Face hub ->
     the directory of the model. A directory that exists is taken as it is. What is on the hub is downloaded to
@@ -204,7 +211,7 @@ def resolve(name: str) -> Path:
     require(name != "tiny", "tiny: is made by dice.py from nothing; give a policy of its runs, like "
             "out/tiny/round-2/policy")
     if name in PRESETS or not path.exists() and REPOSITORY.fullmatch(name):
-        path = Path(os.path.expanduser(os.environ.get("DICE_WEIGHTS") or "weights"), repository)
+        path = place(repository)
         if not path.exists():
             download_repository(repository, path)
     require((path / "config.json").is_file(), f"{path}: not a model directory (no config.json in it); give a "

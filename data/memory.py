@@ -8,14 +8,14 @@ import torch
 
 from data.files import InputError
 from data.processes import any_process, cgroup, world
-from model import OFFLOAD, fits_on_gpu, local_shard, parameter_shapes
+from model import OFFLOAD, count_parameters, fits_on_gpu, local_shard, parameter_shapes
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 
 def choose_offload(settings, config, device):
     """(what to offload, bytes of main memory for it): of "auto" the first that leaves 10 GB of the GPU for
     activations, and fits into the main memory that is free. InputError if none does."""
-    count = sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    count = count_parameters(config)
     free, needs = free_memory(), {}
     for way, (on_gpu, _) in OFFLOAD.items():
         fits = way == "no"
@@ -34,7 +34,7 @@ def choose_recompute(settings, config, device):
     more than half of the memory beside the state of training. The other half is for logits and copies."""
     if settings.recompute != "auto":
         return settings.recompute
-    c, count = config, sum(math.prod(shape) for shape in parameter_shapes(config).values())
+    c, count = config, count_parameters(config)
     # Numbers that a layer keeps of a token: around its norms, its attention, and its MLP.
     attention = 2 * (c.heads + 2 * c.kv_heads) * c.head_size + c.heads * c.head_size
     numbers = 4 * c.width + attention + c.hidden * (4 if c.mlp == "swiglu" else 2)

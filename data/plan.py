@@ -78,7 +78,7 @@ def spoken(hours):
 def measure(run, new_model, generate, answer_logprobs, make_sample):
     """(parameters of the policy, seconds to sample a token, seconds to read and score one)."""
     s, saved = run.settings, run.policy_dir.exists()
-    count = sum(math.prod(shape) for shape in models.parameter_shapes(run.config).values())
+    count = models.count_parameters(run.config)
     size = 2 if saved and s.dtype == "bfloat16" else 4  # bytes of a weight; random ones are made in float32
     free = memory.free_memory()
     require(count * size < free, f"{s.model}: to measure it takes {count * size / 1e9:.1f} GB of main memory;"

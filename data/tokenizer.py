@@ -16,7 +16,7 @@ import tiktoken
 
 from data.files import InputError, read_json, require
 
-# Chat format -> the markers by which its template is recognised.
+# Chat format -> the markers by which its template is recognised. Of llama3 and chatml the last ends a turn.
 CHATS = {"llama3": ("<|start_header_id|>", "<|eot_id|>"), "chatml": ("<|im_start|>", "<|im_end|>"),
          "zephyr": ("<|user|>", "<|assistant|>", "eos_token"), "plain": ()}
 TOKENIZER_FILES = (
@@ -35,8 +35,7 @@ class Tokenizer:
         """id_to_bytes: what decode shows; stop_ids[0]: the end-of-text token; files: what save writes."""
         self.bpe, self.special_tokens, self.bos, self.chat, self.files = bpe, special_tokens, bos, chat, files
         require(stop_ids, "the tokenizer names no end-of-text token; give tokenizer_config.json an eos_token")
-        end_of_turn = {"llama3": "<|eot_id|>", "chatml": "<|im_end|>"}.get(chat)
-        self.end = self.special_id(end_of_turn) if end_of_turn else stop_ids[0]
+        self.end = self.special_id(CHATS[chat][-1]) if chat in ("llama3", "chatml") else stop_ids[0]
         self.stop_ids = tuple(dict.fromkeys([self.end, *stop_ids]))  # each once, in this order
         hidden = {*self.stop_ids, bos}
         self.id_to_bytes = {i: word for i, word in id_to_bytes.items() if i not in hidden}
@@ -271,11 +270,11 @@ def read_tokenizer(directory, chat="auto") -> Tokenizer:
     settings |= read_json(directory / "tokenizer_config.json")
     bos_token, eos_token = token_name(settings.get("bos_token")), token_name(settings.get("eos_token"))
     if "tokenizer.json" in files:
-        found = read_tokenizer_json(directory / "tokenizer.json", [bos_token, eos_token])
+        declared = [bos_token, eos_token]
+        bpe, id_to_bytes, special, bos = read_tokenizer_json(directory / "tokenizer.json", declared)
     else:
-        found = read_rank_file(directory / "tokenizer.model")
-        eos_token = eos_token if eos_token in found[2] else "<|end_of_text|>"
-    bpe, id_to_bytes, special, bos = found
+        bpe, id_to_bytes, special, bos = read_rank_file(directory / "tokenizer.model")
+        eos_token = eos_token if eos_token in special else "<|end_of_text|>"
     stop_ids = [special[eos_token]] if eos_token in special else []
     for name in ("generation_config.json", "config.json"):
         ids = read_json(directory / name).get("eos_token_id")

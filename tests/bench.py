@@ -93,13 +93,11 @@ def pairs_of(config, sizes):
     return [[ids(rng, config, sizes, rng.integers(*between)) for between in (prompt, answer, answer)]
             for _ in range(sizes["pairs"])]
 
-def parameters(config):
-    return sum(int(np.prod(shape)) for shape in models.parameter_shapes(config).values())
-
 def forward_flops(config, prompt, answer):
     """Operations of one forward pass over a prompt and an answer of these many tokens."""
     head = config.vocab_size * config.width
-    body = parameters(config) - head * (1 if config.tied else 2)  # looking up an embedding is no arithmetic
+    # Looking up an embedding is no arithmetic.
+    body = models.count_parameters(config) - head * (1 if config.tied else 2)
     n = prompt + answer
     return 2 * body * n + 2 * head * answer + 2 * config.layers * config.heads * config.head_size * n * n
 
@@ -110,7 +108,7 @@ def sampling_result(config, sizes, prompts, answers):
     flops = sum(prefill) + sum(forward_flops(config, len(prompts[i]), n) - prefill[i] for i, n in answers)
     lengths = [n for _, n in answers]
     seen = sum(len(prompts[i]) * n + n * n / 2 for i, n in answers)  # places, over all steps
-    numbers = sum(lengths) / min(sizes["rows"], len(answers)) * parameters(config) \
+    numbers = sum(lengths) / min(sizes["rows"], len(answers)) * models.count_parameters(config) \
         + seen * 2 * config.layers * config.kv_heads * config.head_size
     return {"tokens": sum(lengths), "flops": flops, "numbers": numbers,
             "note": f"{len(lengths)} answers, mean {np.mean(lengths):.0f}, longest {max(lengths)}"}
@@ -126,7 +124,7 @@ def scoring_result(config, rows, logprobs):
 def training_result(config, pairs, loss):
     """Policy forward and backward (three forwards' worth) and one forward of the reference."""
     tokens = sum(len(p) + len(a) for p, *both in pairs for a in both)
-    return {"tokens": tokens, "model_flops": 6 * parameters(config) * tokens,
+    return {"tokens": tokens, "model_flops": 6 * models.count_parameters(config) * tokens,
             "flops": 4 * sum(forward_flops(config, len(p), len(a)) for p, *both in pairs for a in both),
             "note": f"loss {loss:.4f}"}
 
