@@ -12,9 +12,10 @@ from model import OFFLOAD, count_parameters, fits_on_gpu, local_shard, parameter
 
 MOMENTS = "exp_avg", "exp_avg_sq"
 
-def choose_offload(settings, config, device):
+def choose_offload(settings, config, device, must_fit=True):
     """(what to offload, bytes of main memory for it): of "auto" the first that leaves 10 GB of the GPU for
-    activations, and fits into the main memory that is free. InputError if none does."""
+    activations, and fits into the main memory that is free. If none does: InputError; for a dry run, which
+    need not fit, the one that takes least."""
     count = count_parameters(config)
     free, needs = free_memory(), {}
     for way, (on_gpu, _) in OFFLOAD.items():
@@ -25,6 +26,8 @@ def choose_offload(settings, config, device):
             needs[way] = main_memory(settings, config, device, way)
         if not any_process(needs.get(way, math.inf) > free):  # all processes decide the same
             return way, needs[way]
+    if not must_fit:
+        return min(needs, key=needs.get), min(needs.values())
     asked = ", ".join(f"{need / 1e9:.1f} GB with --offload {way}" for way, need in needs.items())
     raise InputError(f"to train {count / 1e6:.0f} million parameters takes main memory: {asked}; "
                      f"{free / 1e9:.1f} GB are free. Free some, or take a larger machine or more GPUs")
@@ -81,8 +84,9 @@ def machine(settings, device, needed):
         about = torch.cuda.get_device_properties(device)
         name = f"{about.name}, {about.total_memory / 1e9:.1f} GB"
         place = f" (--offload {s.offload}: {OFFLOAD[s.offload][1]})"
+    free = free_memory()
     return (f"{world()} x {s.device}, {name}; {s.dtype}; training takes at most {needed / 1e9:.3g} of "
-            f"{free_memory() / 1e9:.1f} GB of main memory{place}")
+            f"{free / 1e9:.1f} GB of main memory{place}{': TOO LITTLE' if needed > free else ''}")
 
 def rows_in_flight(model, prompts, count, sampling, most):
     """How many rows of the sampler, `most` or fewer, fit into what is free of the model's GPU."""

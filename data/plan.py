@@ -8,15 +8,13 @@ import torch
 
 import model as models
 from data import memory
-from data.files import require
 from data.processes import log_info, rank, world
 from data.runs import free_last_model
 
 def print_plan(run, new_model, generate, answer_logprobs, make_sample, prompts_of_round):
-    """Print stages, hours, disk and memory of a run; write nothing. InputError if the disk is too small, or
-    main memory for the training."""
+    """Print stages, hours, disk and memory of a run, which may be more than there is; write nothing."""
     s, c = run.settings, run.config
-    s.offload, needed = memory.choose_offload(s, c, run.device)
+    s.offload, needed = memory.choose_offload(s, c, run.device, must_fit=False)
     machine = memory.machine(s, run.device, needed)
     rounds = [(s.of_round(t), prompts_of_round(run, t)) for t in range(1, s.rounds + 1)]
     count, sampling, scoring = measure(run, new_model, generate, answer_logprobs, make_sample)
@@ -40,7 +38,7 @@ def print_plan(run, new_model, generate, answer_logprobs, make_sample, prompts_o
     stages = len(rounds) + (sft_steps > 0) + (dpo_steps > 0) + (0 if s.start_from else len(random))
     disk = stages * count * size + 2 * 12 * count + drawn * 12 * answer  # two states of training, at most
     free = shutil.disk_usage(next(p for p in (run.out, *run.out.absolute().parents) if p.exists())).free
-    require(disk <= free, f"{run.out}: needs {disk / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free")
+    full = "" if disk < free else ": TOO LITTLE"
     free_last_model()
     have, rows = memory.free_memory(), min(s.rows, s.chunk * s.samples)
     capacity = min(c.context, prompt + s.sampling.max_new_tokens)
@@ -54,7 +52,10 @@ def print_plan(run, new_model, generate, answer_logprobs, make_sample, prompts_o
         copies = (size + 4) * count if models.gathers_once(s, count, run.device) else 0
         need["training"] = models.OFFLOAD[s.offload][0] * count / world() + copies
     enough = "" if max(need.values()) < have else ": TOO LITTLE"
-    times = ", ".join(f"{what} {spoken(h)}" for what, h in hours.items())
+    times = "not known: this machine lacks the memory to measure it"
+    if math.isfinite(sampling):
+        parts = ", ".join(f"{what} {spoken(h)}" for what, h in hours.items())
+        times = f"about {spoken(sum(hours.values()))}, if answers have {answer:.0f} tokens: {parts}"
     needs = ", ".join(f"{what} {n / 1e9:.2f} GB" for what, n in need.items())
     if rank() == 0:
         print(f"""plan for {run.out}; nothing was written
@@ -63,8 +64,8 @@ data     {len(run.offline)} offline pairs and {len(run.held_out)} held out
 prompts  {len(run.prompts)} of {prompt:.0f} tokens; {drawn} samples in {s.rounds} rounds
 policy   {count / 1e6:.1f} million parameters, {s.dtype} on {s.device}
 stages   SFT of {sft_steps} steps, DPO of {dpo_steps}, {s.rounds} rounds of {s.steps} steps of {s.batch} pairs
-time     about {spoken(sum(hours.values()))}, if answers have {answer:.0f} tokens: {times}
-disk     {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free: {stages} checkpoints, state of the training, samples
+time     {times}
+disk     {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free{full}; {stages} checkpoints, training state, samples
 memory   {needs}, and activations; {have / 1e9:.1f} GB are free{enough};
          {rows} rows are sampled at once""")
 
@@ -76,13 +77,16 @@ def spoken(hours):
     return "1 minute" if minutes == 1 else f"{minutes} minutes"
 
 def measure(run, new_model, generate, answer_logprobs, make_sample):
-    """(parameters of the policy, seconds to sample a token, seconds to read and score one)."""
+    """(parameters of the policy, seconds to sample a token, seconds to read and score one). The seconds are
+    NaN where the model does not fit."""
     s, saved = run.settings, run.policy_dir.exists()
     count = models.count_parameters(run.config)
     size = 2 if saved and s.dtype == "bfloat16" else 4  # bytes of a weight; random ones are made in float32
-    free = memory.free_memory()
-    require(count * size < free, f"{s.model}: to measure it takes {count * size / 1e9:.1f} GB of main memory;"
-            f" {free / 1e9:.1f} GB are free. Plan on the machine that shall run it")
+    fits = count * size < memory.free_memory()
+    if s.device.startswith("cuda"):
+        fits = fits and count * getattr(torch, s.dtype).itemsize < torch.cuda.mem_get_info(run.device)[0]
+    if not fits:
+        return count, math.nan, math.nan
     log_info(f"making the model, {count / 1e6:.1f} million parameters")
     if saved:
         model = run.load(run.policy_dir)
