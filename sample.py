@@ -82,14 +82,19 @@ class Stream:
             self.shown = len(text)
 
 def answer(model, tokenizer, ids, settings):
-    """Print the answer to one prompt, on a terminal token by token. Returns its text and finish reason."""
+    """Print the answer to one prompt, on a terminal token by token. Returns its text."""
     stream = Stream(tokenizer)
     [(_, _, drawn, finish_reason)] = dice.generate(
         model, [ids], 1, settings.sampling, stop_ids=tokenizer.stop_ids, seed=settings.seed, rows=1,
         on_token=stream if sys.stdout.isatty() else None)
     text = tokenizer.decode(drawn)
     print(text[stream.shown:], flush=True)
-    return text, finish_reason
+    if finish_reason == "length":
+        context = model.config.context
+        full = settings.sampling.max_new_tokens >= context - len(ids)
+        limit = f"the context of {context} tokens is full" if full else "--max-new-tokens"
+        print(f"[cut: {limit}]", file=sys.stderr)
+    return text
 
 def chat(model, tokenizer, settings):
     """A conversation, turn by turn, until the input ends or the context is full."""
@@ -101,13 +106,7 @@ def chat(model, tokenizer, settings):
                 continue
             turns.append({"role": "user", "content": text})
             ids = encode(turns, False, model, tokenizer, "this conversation")
-            text, finish_reason = answer(model, tokenizer, ids, settings)
-            turns.append({"role": "assistant", "content": text})
-            if finish_reason == "length":
-                context = model.config.context
-                full = settings.sampling.max_new_tokens >= context - len(ids)
-                limit = f"the context of {context} tokens is full" if full else "--max-new-tokens"
-                print(f"[cut: {limit}]", file=sys.stderr)
+            turns.append({"role": "assistant", "content": answer(model, tokenizer, ids, settings)})
     except (EOFError, KeyboardInterrupt):
         print(end="\n" if terminal else "")
     except UnicodeDecodeError:

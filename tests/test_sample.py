@@ -59,7 +59,8 @@ def test_a_terminal_sees_the_same_text_in_pieces_and_another_seed_gives_another(
     assert run(capsys, *argv, "--seed", 2)[1] != whole
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     pieces = []
-    monkeypatch.setattr("builtins.print", lambda *text, end="\n", **_: pieces.append("".join(text) + end))
+    monkeypatch.setattr("builtins.print", lambda *text, end="\n", file=None, **_: (
+        file or pieces.append("".join(text) + end)))
     assert sample.main(["--device", "cpu", *map(str, argv)]) == 0
     assert "".join(pieces) == whole and len(pieces) > 20
 
@@ -92,12 +93,14 @@ def test_chat_keeps_the_conversation_and_ends_with_the_input(capsys, monkeypatch
 @pytest.mark.parametrize("most, drawn, code, told", [
     (3, 3, 0, ["[cut: --max-new-tokens]"]),
     (2048, 120, 2, ["[cut: the context of 128 tokens is full]", "leave no room for an answer"])])
-def test_chat_says_what_has_cut_an_answer(most, drawn, code, told, capsys, monkeypatch, tiny_model):
+def test_it_says_what_has_cut_an_answer(most, drawn, code, told, capsys, monkeypatch, tiny_model):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\nAgain\n" if code else "Hello\n"))
     monkeypatch.setattr(dice, "generate", lambda *_, **__: iter([(0, 0, [65] * drawn, "length")]))
     found, _, err = run(capsys, "--model", tiny_model, "--max-new-tokens", most)
     assert found == code and len(err.splitlines()) == len(told)
     assert all(text in line for text, line in zip(told, err.splitlines()))
+    argv = "--model", tiny_model, "--max-new-tokens", most, "--prompt", "Hello"
+    assert run(capsys, *argv)[2] == told[0] + "\n"
 
 def test_control_c_ends_a_chat_without_a_traceback(capsys, monkeypatch, tiny_model):
     def interrupted(_):
