@@ -103,7 +103,8 @@ class Run:
             differ = self.differences(files.read_json(path), now)
             require(not differ, f"{self.out}: was begun with other settings ({'; '.join(differ)}); give the "
                     "same ones to go on, or choose another --out")
-            done = (self.out / "evaluation" / f"round-{self.settings.rounds}.jsonl").exists()
+            last = f"round-{self.settings.rounds}" if self.settings.rounds else "dpo"
+            done = (self.out / "evaluation" / f"{last}.jsonl").exists()
             log_info(f"{self.out}: {'is finished' if done else 'goes on where it stopped'}")
             files.remove_scratch(self.out)
         files.write_file(path, partial(files.write_json, value=now))

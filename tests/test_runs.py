@@ -172,6 +172,7 @@ def test_a_finished_run_is_told_again_at_once(alone, tmp_path, capsys, monkeypat
     monkeypatch.setattr(dice, "generate", None)
     monkeypatch.setattr(dice, "train", None)
     assert small(tmp_path) == 0 and "round-1" in capsys.readouterr().out and differences(alone, run) == []
+    assert small(tmp_path, "--rounds", 0) == 0 and "run: is finished" in capsys.readouterr().err
 
 def test_10_other_settings_data_or_processes_are_refused_in_one_line(checkpoint, tmp_path, capsys):
     row, data = '{"prompt": "Hi", "chosen": "Good.", "rejected": "Go."}\n', tmp_path / "pairs.jsonl"
