@@ -209,6 +209,7 @@ def parse(settings_class, description, losses, argv=None):
     settings = build(settings_class, values)
     settings.of_losses = losses.own  # for what an absent one of them is in the settings.json of an older run
     settings.loss_options = losses.options_of(loss, {k: v for k, v in values.items() if k not in options})
+    settings.of_paper = name not in presets and not inherited
     settings.loads_reference = losses.needs(loss, "kl")  # the network, to train with it
     settings.out = settings.out or f"out/{os.path.basename(os.path.abspath(settings.model))}"
     resolve(settings)
@@ -243,8 +244,7 @@ def inherit(given, options):
     a given setting would change its models. given["start_from"] becomes the run that made the models."""
     directory = given["start_from"]
     known = read_json(Path(directory) / "settings.json")
-    require(known, f"--start-from {directory}: is not there, or has no settings.json in it; give the "
-            "directory of a run")
+    require(known, f"--start-from {directory}: is not there, or is no run (no settings.json in it)")
     require("out" in given, f"--start-from {directory}: give --out DIR too, a directory for the new run")
     given["start_from"] = known.pop("start_from", "") or str(Path(directory).resolve())
     for name, value in given.items():

@@ -16,6 +16,7 @@ def print_plan(run, new_model, generate, answer_logprobs, make_sample, prompts_o
     s, c = run.settings, run.config
     s.offload, needed = memory.choose_offload(s, c, run.device, must_fit=False)
     machine = memory.machine(s, run.device, needed)
+    run.report_defaults()
     rounds = [(s.of_round(t), prompts_of_round(run, t)) for t in range(1, s.rounds + 1)]
     count, sampling, scoring = measure(run, new_model, generate, answer_logprobs, make_sample)
     # Mean tokens of a prompt and of an answer. Without offline answers: half of the longest.

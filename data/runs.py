@@ -74,6 +74,7 @@ class Run:
             if rank() == 0:
                 self.claim(stack)
                 log_info(memory.machine(s, self.device, needed))
+                self.report_defaults()
                 files.whole_rows(self.out / "timing.jsonl")  # removes a line that was cut short
                 files.whole_rows(self.out / "metrics.jsonl")
             barrier()
@@ -87,6 +88,12 @@ class Run:
         self.stack.close()
         if error is None:
             leave_processes()
+
+    def report_defaults(self):
+        """Log where the defaults may not be what the user of a model of their own expects."""
+        if getattr(self.settings, "of_paper", False) and models.count_parameters(self.config) < 2e9:
+            log_info("settings that are not given are the paper's, for a model of 8B; --preset NAME takes "
+                     "those of a smaller model")
 
     def claim(self, stack):
         """Lock the directory, compare its settings.json with this run's, and write this run's."""

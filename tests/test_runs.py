@@ -179,7 +179,10 @@ def test_10_other_settings_data_or_processes_are_refused_in_one_line(checkpoint,
     argv = ["--model", checkpoint, "--preferences", data, "--rounds", 0, "--dpo-steps", 1, "--sft-steps", 1]
     data.write_text(row)
     assert small(tmp_path, *argv) == 0
+    assert "not given are the paper's, for a model of 8B" in capsys.readouterr().err
     run, left = tmp_path / "run", contents(tmp_path / "run")
+    assert small(tmp_path, *argv, "--preset", "smollm2-135m", "--dry-run") == 0
+    assert "the paper's, for" not in capsys.readouterr().err
     def refused(*more):
         capsys.readouterr()
         assert small(tmp_path, *argv, *more) == 2
