@@ -94,6 +94,10 @@ class Run:
         if getattr(self.settings, "of_paper", False) and models.count_parameters(self.config) < 2e9:
             log_info("settings that are not given are the paper's, for a model of 8B; --preset NAME takes "
                      "those of a smaller model")
+        system = self.tokenizer.template_system()
+        if system and self.settings.chat == "auto" and not self.settings.system:
+            log_info(f"the system message of the model's chat template is not used ({system[:200]!r}); "
+                     "--system TEXT gives one")
 
     def claim(self, stack):
         """Lock the directory, compare its settings.json with this run's, and write this run's."""

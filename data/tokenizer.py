@@ -104,6 +104,13 @@ class Tokenizer:
             return [self.special_tokens.get(f"<|{role}|>", f"<|{role}|>"), "\n"], [self.end, "\n"]
         return [], ["\n"]
 
+    def template_system(self):
+        """The system message that the model's own template puts first, if it is plain text there, or ""."""
+        text = self.files.get("chat_template.jinja", b"") + self.files.get("tokenizer_config.json", b"")
+        found = re.search(rb"<\|im_start\|>system(?:\\+n|\n)([^'\"{}]+)<\|im_end\|>"  # Qwen2, SmolLM2
+                          rb"|(Cutting Knowledge Date: \w+ \d+)", text)  # Llama 3.1 to 3.3
+        return found[found.lastindex].decode("utf-8", "replace") if found else ""
+
     def save(self, directory):
         """Write the files that the tokenizer was read from, byte for byte."""
         for name, content in self.files.items():

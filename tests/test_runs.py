@@ -174,15 +174,18 @@ def test_a_finished_run_is_told_again_at_once(alone, tmp_path, capsys, monkeypat
     assert small(tmp_path) == 0 and "round-1" in capsys.readouterr().out and differences(alone, run) == []
     assert small(tmp_path, "--rounds", 0) == 0 and "run: is finished" in capsys.readouterr().err
 
-def test_10_other_settings_data_or_processes_are_refused_in_one_line(checkpoint, tmp_path, capsys):
+def test_10_other_settings_data_or_processes_are_refused_in_one_line(
+        checkpoint, tmp_path, monkeypatch, capsys):
     row, data = '{"prompt": "Hi", "chosen": "Good.", "rejected": "Go."}\n', tmp_path / "pairs.jsonl"
     argv = ["--model", checkpoint, "--preferences", data, "--rounds", 0, "--dpo-steps", 1, "--sft-steps", 1]
     data.write_text(row)
     assert small(tmp_path, *argv) == 0
     assert "not given are the paper's, for a model of 8B" in capsys.readouterr().err
     run, left = tmp_path / "run", contents(tmp_path / "run")
+    monkeypatch.setattr(type(models.tiny_model()[1]), "template_system", lambda _: "Be nice.")
     assert small(tmp_path, *argv, "--preset", "smollm2-135m", "--dry-run") == 0
-    assert "the paper's, for" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "the paper's, for" not in told and "template is not used ('Be nice.'); --system TEXT" in told
     def refused(*more):
         capsys.readouterr()
         assert small(tmp_path, *argv, *more) == 2

@@ -353,6 +353,17 @@ def test_chat_is_recognised(tmp_path):
         assert read_tokenizer(directory, "plain").chat == "plain"
     (tmp_path / "chat_template.jinja").write_text(ZEPHYR_TEMPLATE)
     assert read_tokenizer(tmp_path).chat == "zephyr"
+    date = LLAMA3_TEMPLATE + '{{- "Cutting Knowledge Date: December 2023\\n" }}'
+    for template, system in [
+            (SMOLLM2_TEMPLATE, SMOLLM2_SYSTEM), (SMOLLM2_TEMPLATE.replace("\n", "\\n"), SMOLLM2_SYSTEM),
+            (CHATML_TEMPLATE + "'<|im_start|>system\\n' + messages[0].content + '<|im_end|>'", ""),
+            (date, "Cutting Knowledge Date: December 2023"), (LLAMA3_TEMPLATE, "")]:
+        (tmp_path / "chat_template.jinja").write_text(template)
+        byte_level(tmp_path, settings={})
+        assert read_tokenizer(tmp_path).template_system() == system
+        (tmp_path / "chat_template.jinja").unlink()
+        byte_level(tmp_path, settings={"chat_template": template})
+        assert read_tokenizer(tmp_path).template_system() == system
     with pytest.raises(InputError, match="unknown"):
         read_tokenizer(tmp_path, "alpaca")
     with pytest.raises(InputError, match=r"no <\|eot_id\|>.*--chat"):
