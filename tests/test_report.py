@@ -182,7 +182,8 @@ def test_no_picture_fails_and_no_two_labels_overlap(name, draw, args, tmp_path, 
             more = {} if stage == "sft" else dict.fromkeys(
                 ("accuracy", "margin", "chosen_logprob", "rejected_logprob", "chosen_tokens"), 1.0)
             if stage.startswith("round"):
-                rows.append({"stage": stage, "alpha": 0.1, "kl_to_previous": None, "answer_chars": 9.0})
+                rows.append({"stage": stage, "alpha": 0.1, "kl_to_previous": None, "answer_chars": 9.0,
+                             "offline_agreement": 0.55})
             row = {"stage": stage, "grad_norm": 1.0} | more
             rows += [{**row, "step": i + 1, "loss": i % 7} for i in range(steps)]
         args = rows, report.training_table(rows)
@@ -194,6 +195,7 @@ def test_no_picture_fails_and_no_two_labels_overlap(name, draw, args, tmp_path, 
     figure.draw_without_rendering()
     for axis in figure.axes:
         apart([label for label in axis.get_xticklabels() if label.get_text()])
+        assert "(0.5 is chance)" not in axis.get_title() or axis.get_ylim() == (0, 1)
 
 def apart(texts):
     """No two texts of a drawn figure overlap."""
