@@ -8,12 +8,14 @@ import torch
 
 import model as models
 from data import memory
+from data.files import require
 from data.processes import log_info, rank, world
 from data.runs import free_last_model
 
 def print_plan(run, new_model, generate, answer_logprobs, make_sample, prompts_of_round):
-    """Print stages, hours, disk and memory of a run, which may be more than there is; write nothing."""
-    s, c = run.settings, run.config
+    """Print stages, hours, disk and memory of a run; write nothing. Afterwards InputError if the disk, or main
+    memory for the training, is too small."""
+    s, c, offload = run.settings, run.config, run.settings.offload
     s.offload, needed = memory.choose_offload(s, c, run.device, must_fit=False)
     machine = memory.machine(s, run.device, needed)
     run.report_defaults()
@@ -69,6 +71,9 @@ time     {times}
 disk     {disk / 1e9:.2f} GB of {free / 1e9:.0f} GB free{full}; {stages} checkpoints, training state, samples
 memory   {needs}, and activations; {have / 1e9:.1f} GB are free{enough};
          {rows} rows are sampled at once""")
+    require(disk <= free, f"{run.out}: needs {disk / 1e9:.1f} GB of disk; {free / 1e9:.1f} GB are free")
+    s.offload = offload
+    memory.choose_offload(s, c, run.device)
 
 def spoken(hours):
     """Hours in words; below one hour, minutes."""

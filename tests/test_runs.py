@@ -375,13 +375,16 @@ def test_a_dry_run_writes_nothing_and_says_what_is_too_small_for_a_run(tmp_path,
     assert "context of 128" in capsys.readouterr().err
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert small(tmp_path, "--dry-run") == 2 and "of disk; 0.0 GB are free\n" in capsys.readouterr().err
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10**12))
     monkeypatch.setattr(memory, "free_memory", lambda: 1000)
-    assert small(tmp_path, "--dry-run") == 0
-    out = capsys.readouterr().out
-    assert out.count(": TOO LITTLE") == 3 and "time     not known: this machine lacks the memory" in out
-    assert small(tmp_path) == 2  # before anything is sampled
-    *_, line = capsys.readouterr().err.splitlines()
-    assert "to train 0 million parameters takes main memory: 0.0 GB with --offload no" in line
+    for argv in ["--dry-run"], []:  # before anything is sampled
+        assert small(tmp_path, *argv) == 2
+        out, told = capsys.readouterr()
+        line = "to train 0 million parameters takes main memory: 0.0 GB with --offload no"
+        assert line in told.splitlines()[-1]
+        assert out.count(": TOO LITTLE") == 2 * len(argv)
+        assert not argv or "time     not known: this machine lacks the memory" in out
     assert not (tmp_path / "run").exists()
 
 # --------------------------------------------------------- run.map, --start-from, and what a round reports
