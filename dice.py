@@ -72,7 +72,7 @@ class Sampling:
     """How an answer is drawn: all that sample_token() is told. sample.py has the same options."""
     temperature: float = option(0.9, "randomness; 0: always the likeliest token", 0, group="sampling")
     top_p: float = option(1.0, "draw from the likeliest tokens, of this probability together", TINIEST, 1)
-    max_new_tokens: int = option(2048, "longest answer; one that reaches it is cut, and not trained on", 1)
+    max_new_tokens: int = option(2048, "longest answer; one without an end by then is cut, and not used", 1)
 
 @dataclass
 class Settings:
@@ -99,8 +99,8 @@ class Settings:
     reward_reference: str = option("previous", "earlier model in the reward", choices=("previous", "first"))
     rejected: str = option("worst", "which answer is paired with the best", choices=("worst", "random"))
     data_filter: str = option("none", "fdpo: drop pairs no better than own answers", choices=("none", "fdpo"))
-    min_chars: int = option(3, "an answer of so many characters or fewer is not trained on", 0)
-    max_chars: int = option(6700, "an answer of so many characters or more is not trained on", 1)
+    min_chars: int = option(3, "a sampled answer of so many characters or fewer is not used", 0)
+    max_chars: int = option(6700, "a sampled answer of so many characters or more is not used", 1)
     min_valid: float = option(0.5, "share of a prompt's answers that must be usable, else no pair", 0, 1)
     loss: str = option("dpo", "of all training on pairs", group="losses")
     beta: float = option(0.1, "how strongly the model is held to its reference in training", TINIEST)
@@ -175,7 +175,7 @@ def odpo_loss(pi_w, pi_l, ref_w, ref_l, score_w, score_l, beta, offset):
 
 @LOSSES.add()
 def tdpo1_loss(pi_w, pi_l, ref_w, ref_l, kl_w, kl_l, beta):
-    """Token-level DPO (arXiv 2404.11999): held to the reference at every token of both answers."""
+    """Token-level DPO (arXiv 2404.11999): the margin has the difference of the two sequence KLs as well."""
     return -F.logsigmoid(beta * ((pi_w - ref_w) - (pi_l - ref_l) - (kl_l - kl_w)))
 
 @LOSSES.add(kl_weight=option(0.5, "the paper's alpha, weight of the difference of the sequence KLs", 0))
@@ -207,12 +207,12 @@ class Prompt:
 @dataclass
 class Sample:
     prompt: Prompt
-    tokens: list[int]  # of the answer, with its end token (a step of Step-DPO has none)
+    tokens: list[int]  # of the answer, with its end token (a cut answer and a step of Step-DPO have none)
     text: str
     number: int = 0  # 0 .. K - 1
     finish: str = "stop"  # or "length": cut
     logprob: float = math.nan  # log pi_t(y|x): in the reward, and the reference of the DPO loss
-    prev_logprob: float = math.nan  # log pi_{t-1}(y|x)
+    prev_logprob: float = math.nan  # log pi_{t-1}(y|x), or of the first model: --reward-reference first
     older_logprob: float = math.nan  # for the report alone, see run_rounds
     reward: float = math.nan
     shaped: float = math.nan  # reward - alpha * length
@@ -262,7 +262,7 @@ def dice_round(run, t, policy_dir, prev_dir, older_dir=None):
 def prompts_of_round(run, t):
     """The prompts to sample for in round t."""
     # All of them in every round, as in the paper's code. If there are more than --max-prompts, some of them.
-    return jsonl.draw(run.prompts, run.settings.max_prompts, [run.settings.seed, t])
+    return jsonl.draw(run.prompts, run.settings.of_round(t).max_prompts, [run.settings.seed, t])
 
 # The number of a stream of random numbers is a part of the seed. Round t has stream t. Evaluation and fDPO
 # have others:
@@ -342,7 +342,7 @@ def make_pairs(samples, s, rng):
         length[i, :len(group)] = [answer_length(x, s.length_unit) for x in group]
     # The rule for pairs. An option of the rule is passed on to it here.
     choose = partial(choose_pairs, noise=rng.random(reward.shape) if s.rejected == "random" else None)
-    # "auto" is once alpha*, "2x" is twice alpha*, and a number is alpha itself.
+    # alpha* is what search_alpha finds. "auto" is alpha*, "2x" is twice alpha*, a number is alpha itself.
     alpha, is_multiple = options.read_alpha(s.alpha)
     if is_multiple:
         alpha *= search_alpha(reward, length, choose)
@@ -351,7 +351,7 @@ def make_pairs(samples, s, rng):
     pairs = []
     for i, best, worst in zip(*choose(reward - alpha * length)):
         chosen, rejected = groups[i][best], groups[i][worst]
-        if chosen.shaped > rejected.shaped:  # two equal answers teach nothing
+        if chosen.shaped > rejected.shaped:  # two answers of equal shaped reward teach nothing
             pairs.append(Pair(chosen, rejected, "generated"))
     lost["all equal"] += len(groups) - len({p.prompt.key for p in pairs})
     # If no prompt has answers of different rewards, the length alone would have made the pairs.
@@ -363,7 +363,7 @@ def usable_answers(samples, s):
     """(groups, lost): the usable answers of each prompt; how many prompts have too few, by the reason."""
     # Not used are answers that were cut (they have no end), answers of extreme length, and answers that the
     # reward model could not read. Of answers with the same text one is used: no text is paired with itself.
-    # A prompt with less than min_valid of its answers left gives no pair.
+    # A prompt gives no pair if a share of less than min_valid is usable (each of equal texts counts).
     groups, lost = [], Counter()
     for start in range(0, len(samples), s.samples):
         group = samples[start:start + s.samples]
@@ -391,12 +391,12 @@ def choose_pairs(shaped, noise=None):
     if noise is not None:  # a random other answer instead: the one with the least noise
         others = np.where(np.isnan(shaped), np.nan, noise)
         others[prompt, best] = np.nan
-    worst = shaped.shape[1] - 1 - np.nanargmin(others[:, ::-1], axis=1)  # of equals the last
+    worst = shaped.shape[1] - 1 - np.nanargmin(others[:, ::-1], axis=1)  # of equals the last, not `best`
     return prompt, best, worst
 
 def length_gap(reward, length, choose, alpha):
     """How much longer the chosen answers are than the rejected ones, on average over the pairs."""
-    # A mean of signed differences: it is 0 if longer answers win as much in length as they lose.
+    # A mean of signed differences: pairs with a longer and with a shorter winner cancel out.
     prompt, best, worst = choose(reward - alpha * length)
     return float((length[prompt, best] - length[prompt, worst]).mean())
 
@@ -404,18 +404,19 @@ def search_alpha(reward, length, choose=choose_pairs):
     """alpha* of DICE, section 3.2: the alpha >= 0 that brings the length gap nearest to 0. Tables (P, K)."""
     # With more alpha the best answer can only get shorter, and the worst only longer. So the gap is a
     # staircase that goes down. Bisection finds the edges of a step. alpha* is the middle of the best step.
-    # Example with three prompts:
-    #     alpha from     0   0.0120   0.0133   0.0136   0.0145
-    #     gap          470      303       90       17     -110     alpha* is between 0.0136 and 0.0145
+    # Example, the prompt of make_pairs:
+    #     alpha from     0   0.01600   0.01657   0.01667
+    #     gap          350       300       -50      -350     alpha* is 0.01662, the middle of the step of -50
     # (With --rejected random the gap is not always decreasing, but it crosses 0 all the same.)
     gap = partial(length_gap, reward, length, choose)
     if gap(0.0) <= 0:  # the chosen answers are the shorter ones already
         return 0.0
-    # above: the end of the last step with a gap above 0. below: where the next step begins.
+    # above: the last alpha with a gap above 0. below: the first alpha with a gap of 0 or less.
     above, below = bisect(gap, 0.0)
     if abs(gap(above)) <= abs(gap(below)):
         start = 0.0 if gap(0.0) == gap(above) else bisect(gap, gap(above))[1]
         return (start + above) / 2
+    # The step of gap(below) ends where the gap gets smaller than it: the level is just under it.
     end, _ = bisect(gap, np.nextafter(gap(below), -np.inf))
     return (below + end) / 2 if end < 1e11 else below  # the lowest step has no end
 
@@ -441,7 +442,7 @@ def mix_replay(generated, offline, gamma, rng):
     offline = [offline[i] for i in rng.permutation(len(offline))]
     generated = [generated[i] for i in rng.permutation(len(generated))]
     # If a prompt has a generated pair, its offline pairs are not used. First come the prompts with the
-    # fewest offline pairs.
+    # fewest offline pairs: so more of these are left.
     offline_pairs = Counter(p.prompt.key for p in offline)
     generated.sort(key=lambda p: offline_pairs[p.prompt.key])
     # left: offline pairs that can still be used, if the first n generated pairs are. wanted: how many the
@@ -482,7 +483,7 @@ def preference_loss(model, pairs, s, ref_model=None):
         if values is not None:
             terms[f"{name}_w"], terms[f"{name}_l"] = values.chunk(2)  # (B,), (B,)
     losses, columns = LOSSES[s.loss](terms, s.loss_options)
-    # margin: beta times the difference of the two implicit rewards, whatever the loss. A tie counts as wrong.
+    # margin: beta times the difference of pi - ref, chosen less rejected, whatever the loss. A tie is wrong.
     margin = s.beta * ((terms["pi_w"] - terms["ref_w"]) - (terms["pi_l"] - terms["ref_l"]))
     stats = {"loss": losses, "accuracy": (margin > 0).float(), "margin": margin}
     for column, name in (("logprob", "pi"), ("tokens", "n"), ("kl", "kl")):
@@ -571,7 +572,7 @@ def accumulate(tokens, model, items, loss_fn, s):
     # them; or 0, if this process has nothing left but must take part.
     passes = share(items, tokens)
     for i, (group, weight) in enumerate(passes, 1):
-        models.before_pass(model, last=i == len(passes))
+        models.before_pass(model, last=i == len(passes))  # if sharded: gradients are summed in the last one
         losses, stats = loss_fn(model, group, s)
         (losses.sum() * weight / len(items)).backward()  # adds to the gradient of the passes before
         # In double precision, so that what is logged does not depend on the passes. On the CPU, because not
@@ -604,7 +605,7 @@ def fdpo_filter(run, s, t, policy_dir, prev_dir, model, epoch, pairs):
 # ------------------------------------------------------------------------------------------------------------
 # Sequence log-probs
 # Shapes: B batch, T time, C channels, H heads, G heads of keys and values, D head size, V vocabulary,
-# K answers per prompt, P prompts, N tokens of all answers in a batch, n of a chunk of them
+# K answers per prompt, P prompts, N tokens of all answers in a batch, n of a chunk of them, S keys in a cache
 CHUNK_OF_LOGITS = 2**24  # logits in memory at once on a CPU: 64 MB, those of 130 tokens of Llama-3
 
 def pad(sequences, device):
@@ -624,9 +625,9 @@ def sequence_logprobs(model, prompts, answers):
 def forward_answers(model, prompts, answers):
     """Hidden states (N, C) that predict the tokens of the answers, and these tokens (N,)."""
     # The sequences stand one after the other, without padding (packing). Subtle: a token is predicted by the
-    # output before it. So the last token of a sequence is no input, and the first one no target. Example: the
-    # prompt 5 6 with the answer 7 8 2, and the prompt 5 with the answer 9 2, where 2 is the end token.
-    #     input     5   6   7   8   5   9
+    # output before it. So the last token of a sequence is no input. A token of a prompt is no target.
+    # Example: the prompt 5 6 with the answer 7 8 2, and the prompt 5 with the answer 9 2. 2 is the end token.
+    #     input     5   6   7   8   5   9      lengths 4 2
     #     target    -   7   8   2   9   2      mask: where there is a target
     inputs, targets, mask, lengths = [], [], [], []
     for prompt, answer in zip(prompts, answers):
@@ -742,12 +743,12 @@ class Transformer(nn.Module):
         self.recompute = False  # activation checkpointing, layer by layer
         self.sharded = None  # (device, dtype, gathers_once), if model.py has sharded the weights
 
-    # Of a sharded model: where and in what it computes, not where its weights are.
+    # Where and in what it computes. The weights of a sharded model may be elsewhere.
     device = property(lambda self: self.sharded[0] if self.sharded else self.embed.weight.device)
     dtype = property(lambda self: self.sharded[1] if self.sharded else self.embed.weight.dtype)
     head_weight = property(lambda self: (self.embed if self.head is None else self.head).weight)  # (V, C)
 
-    def logits(self, hidden):  # to draw tokens from; log-probs need exact sums, see Logits
+    def logits(self, hidden):  # to draw tokens from; rounded to the dtype: log-probs use Logits
         return F.linear(hidden, self.head_weight)  # (..., C) -> (..., V)
 
     def forward(self, tokens, layout=None):
@@ -811,13 +812,14 @@ class Layer(nn.Module):
 
 def causal_attention(q, k, v):
     """q (B, H, T, D), k and v (B, G, T, D) -> (B, H, T, D): each token sees itself and those before it."""
-    # Without a mask of its own CUDA can use Flash attention.
+    # As no mask is passed, CUDA can use Flash attention.
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
 
 def varlen_attention(q, k, v, starts, k_starts, longest, k_longest, seen=None):
     """Flash attention for sequences one after the other: q (T, H, D), k and v (S, G, D) -> (T, H, D)."""
-    # Sequence b has the queries from starts[b] on, and the first seen[b] keys (or all) from k_starts[b] on.
-    # Subtle: its last query sees all of these keys, the one before it all but one, and so on.
+    # varlen: one call for sequences of various lengths. Sequence b has the queries from starts[b] to
+    # starts[b + 1], and the first seen[b] keys (or all) from k_starts[b] on. No sequence is longer than
+    # longest and k_longest. Subtle: its last query sees all its keys, the one before all but one, and so on.
     # The kernel is called by its inner name, because varlen_attn of torch.nn.attention has no grouped heads
     # and no seqused_k before torch 2.12.
     y, *_ = torch.ops.aten._flash_attention_forward(
@@ -828,6 +830,7 @@ def varlen_attention(q, k, v, starts, k_starts, longest, k_longest, seen=None):
 class Packed:
     """Sequences one after the other in one row of tokens, without padding."""
     # Attention stays within each sequence. All else in the network works on single tokens. T: all tokens.
+    # The example of forward_answers: lengths 4 2, starts 0 4 6, positions 0 1 2 3 0 1.
     def __init__(self, model, lengths):
         self.lengths, self.varlen = lengths, models.has_varlen_kernel(model.config, model.device, model.dtype)
         self.starts = torch.tensor([0, *lengths]).cumsum(0).int().to(model.device)  # (B + 1,)
@@ -848,8 +851,8 @@ class Packed:
 
 def rotate(x, cos, sin):
     """Rotary positions (arXiv 2104.09864) of x (B, H, T, D): channel i turns with channel i + D/2."""
-    # The pair (a, b) becomes (a cos - b sin, b cos + a sin). The first half of `sin` is negative: its angles
-    # are. So a GPU launches five kernels, and not eight. The angles are float32.
+    # The pair (a, b) becomes (a cos - b sin, b cos + a sin). rotary_frequencies are negative in their first
+    # half, so that half of `sin` is -sin. So a GPU launches five kernels, not eight. The angles are float32.
     a, b = x.chunk(2, dim=-1)
     return (x * cos + torch.cat((b, a), dim=-1) * sin).type_as(x)
 
@@ -885,15 +888,18 @@ class KVCache:
         self.capacity, self.varlen = capacity, models.has_varlen_kernel(config, device, dtype)
         self.row = torch.arange(rows + 1, device=device)
         self.length = torch.zeros(rows, device=device, dtype=torch.long)  # filled positions of each row
-        self.longest = 0  # no length is larger; it is known to the host, and attention looks no further
+        self.longest = 0  # no length is larger; the host knows it; without varlen, attention reads no more
 
     def prepare(self, tokens):
-        """Tokens (B, T) go on behind the first B rows. Returns their positions (B, T)."""
-        # Afterwards the caller changes self.length: it alone knows which tokens are padding.
+        """Tokens (B, T) continue the first B rows. Returns their positions (B, T)."""
+        # Afterwards the caller sets self.length and self.longest, if the cache is used again: it alone knows
+        # which tokens are padding. Example: rows of lengths 3 and 1, T = 2, capacity 6. The positions are
+        # 3 4 and 1 2. With varlen, starts are 0 2 4 and 0 6 12, seen is 5 and 3. Without, S is 5, and the
+        # query at position 3 sees the keys 0 to 3.
         B, T = tokens.shape
         self.position = self.length[:B, None] + torch.arange(T, device=tokens.device)
         if self.varlen:
-            # The rows as one long sequence: row b has T queries from b * T on, and keys from b * capacity on.
+            # The rows stand one after the other: row b has queries from b * T on, keys from b * capacity on.
             row = self.row[:B + 1].int()
             self.starts = row * T, row * self.capacity
             self.seen = self.position[:, -1].int() + 1  # (B,)
@@ -904,9 +910,10 @@ class KVCache:
         return self.position
 
     def attend(self, layer, q, k, v):
-        """Write k, v (B, G, T, D) behind the first B rows. Attention of q (B, H, T, D) to these rows."""
-        # Row b has length[b] keys from before, and its T new ones. T is 1 while an answer is decoded. It is
-        # the length of the longest answer, less 1, while known answers are scored behind their prompts.
+        """Append k, v (B, G, T, D) to the first B rows. Attention of q (B, H, T, D), each to its own row."""
+        # Row b has length[b] keys from before, and its T new ones. T is 1 while an answer is decoded, the
+        # length of the longest prompt while prompts are read, and that of the longest answer, less its last
+        # token, while answers are scored.
         B, H, T, D = q.shape
         self.k[layer][self.row[:B, None], self.position] = k.transpose(1, 2)
         self.v[layer][self.row[:B, None], self.position] = v.transpose(1, 2)
@@ -984,7 +991,7 @@ class DecodingBatch:
     #                         run  end  run  run  end  run     rows 1 and 4 have ended
     #     take_finished       run  run  run  run   -    -      row 5 has moved into row 1
     #     add                 run  run  run  run  new  new     new prompts come in behind
-    # All state is on the device, so that a step does not wait for the GPU.
+    # What a step reads and writes is on the device, so that with varlen it does not wait for the GPU.
     def __init__(self, model, rows, capacity, limit, sampling, stop_ids):
         device = model.device
         self.model, self.sampling, self.stop_ids = model, sampling, set(stop_ids)
@@ -1000,8 +1007,8 @@ class DecodingBatch:
         # A random number for each token of a row. They are drawn before its first step.
         self.uniform = torch.zeros(rows, limit + 1, device=device)
         self.graphs = {}  # number of rows -> CUDA graph of a step
-        # With varlen, steps are graphs. Then this is a limit, see sample_token. A row that gets no token for
-        # it waits until there are more candidates.
+        # With varlen, steps are CUDA graphs. Then this is a limit, see sample_token. A row whose nucleus is
+        # larger gets no token, and waits until there are more candidates.
         self.candidates = 1024 if self.cache.varlen else None
         self.waits = torch.zeros_like(self.done)
 
@@ -1038,7 +1045,7 @@ class DecodingBatch:
         self.cache.longest = min(self.cache.longest + 1, self.cache.capacity)
 
     def forward(self, rows):
-        """One more token for those of the first rows that are not done. The host waits for nothing here."""
+        """One more token for those of the first rows that are not done. With varlen the host does not wait."""
         # A row that is done computes along with the others. Its length stays, so it overwrites one position.
         rows = slice(0, rows)
         hidden = self.model(self.token[rows, None], self.cache)
@@ -1085,7 +1092,7 @@ class DecodingBatch:
             self.request[hole] = self.request[mover]
         del self.request[left:]
         self.done[left:], self.cache.length[left:] = True, 0
-        # Shorter rows may be left, so attention may look less far from here on.
+        # Shorter rows may be left. Without varlen, attention reads less from here on.
         self.cache.longest = int(self.cache.length[:left].max()) if left else 0
         return finished
 
@@ -1094,13 +1101,13 @@ def generate(model, prompts, count, sampling, *, stop_ids, seed, rows, stream=0,
     """Draw `count` answers to each prompt. Yields (index, number, ids, finish reason) of answers that end."""
     # prompts: lists of ids, each shorter than the context. rows: sequences at once, at most, but at least
     # those of one prompt. on_token: is called with each id as it is drawn, for a single sequence. index: of
-    # the prompt. number: 0 .. count - 1. ids: of the answer, with its end token. The finish reason is "stop",
-    # or "length": the answer was cut.
+    # the prompt. number: 0 .. count - 1. ids: of the answer. The finish reason is "stop": they end with the
+    # end token; or "length": the answer was cut.
     context = model.config.context
     # No answer is longer than the room behind the shortest prompt, whatever --max-new-tokens says.
     limit = min(sampling.max_new_tokens, context - min(map(len, prompts)))
     rows = max(count, min(rows, len(prompts) * count) // count * count)  # all answers of a prompt, or none
-    # All rows have room for the longest prompt and the longest answer.
+    # All rows have room for the longest prompt and the longest answer, up to the context.
     capacity = min(context, max(map(len, prompts)) + limit)
     batch = DecodingBatch(model, rows, capacity, limit, sampling, stop_ids)
     # To ask a GPU which rows have ended is to wait for it. So it is asked every 16 steps only. Until then the

@@ -13,8 +13,8 @@ from data.processes import log_info, rank, world
 from data.runs import free_last_model
 
 def print_plan(run, new_model, generate, answer_logprobs, make_sample, prompts_of_round):
-    """Print stages, hours, disk and memory of a run; write nothing. Afterwards InputError if the disk, or main
-    memory for the training, is too small."""
+    """Print stages, hours, disk and memory of a run; write nothing. Then InputError if the disk is too small,
+    or main memory for the training."""
     s, c, offload = run.settings, run.config, run.settings.offload
     s.offload, needed = memory.choose_offload(s, c, run.device, must_fit=False)
     machine = memory.machine(s, run.device, needed)
