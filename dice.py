@@ -1045,7 +1045,7 @@ class DecodingBatch:
         self.cache.longest = min(self.cache.longest + 1, self.cache.capacity)
 
     def forward(self, rows):
-        """One more token for those of the first rows that are not done. With varlen the host does not wait."""
+        """One more token for those of the first rows that are not done. With varlen nothing waits here."""
         # A row that is done computes along with the others. Its length stays, so it overwrites one position.
         rows = slice(0, rows)
         hidden = self.model(self.token[rows, None], self.cache)
