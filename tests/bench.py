@@ -179,6 +179,7 @@ def our_training(args, config, sizes):
     s, rows, log = our_settings(args, config), pairs_of(config, sizes), []
     net = models.prepare_training(dice.load_model(args.weights, "cpu", dtype_of(args)), s, args.device)
     run = runs.Run(s, {})  # nothing is written: one network, and its rows in memory
+    torch.set_num_threads(args.threads)  # for the tiny world, the model of these settings, a run takes one
     run.stage_name, run.load, run.log = "dpo", lambda *_, **__: net, log.append
     run.log_speed = lambda *_, **__: None
     def work():
