@@ -843,8 +843,7 @@ class Packed:
         """Attention of q (1, H, T, D) to k and v (1, G, T, D) -> (1, H, T, D)."""
         if self.varlen:
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            longest = max(self.lengths)
-            y = varlen_attention(q, k, v, self.starts, self.starts, longest, longest)
+            y = varlen_attention(q, k, v, self.starts, self.starts, max(self.lengths), max(self.lengths))
             return y.transpose(0, 1)[None]
         sequences = zip(*(x.split(self.lengths, dim=2) for x in (q, k, v)))
         return torch.cat([causal_attention(*sequence) for sequence in sequences], dim=2)
