@@ -132,7 +132,7 @@ def write_answers(args, model, tokenizer, settings, rows):
     write_file(Path(args.output), lambda scratch: scratch.write_text(text, encoding="utf-8"))
     part.unlink()
     cut = sum(ids[-1] not in tokenizer.stop_ids for ids in drawn.values())
-    processes.log_info(f"{args.output}: {len(drawn)} answers, {cut} of them cut by --max-new-tokens")
+    processes.log_info(f"{args.output}: {len(drawn)} answers, {cut} of them cut by the length limit")
 
 def open_part(part, tokenizer, settings, prompts):
     """{index: ids} of the answers in `part`. Its first line is a hash of all that they depend on."""

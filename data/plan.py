@@ -41,7 +41,7 @@ def print_plan(run, new_model, generate, answer_logprobs, make_sample, prompts_o
     stages = len(rounds) + (sft_steps > 0) + (dpo_steps > 0) + (0 if s.start_from else len(random))
     disk = stages * count * size + 2 * 12 * count + drawn * 12 * answer  # two states of training, at most
     free = shutil.disk_usage(next(p for p in (run.out, *run.out.absolute().parents) if p.exists())).free
-    full = "" if disk < free else ": TOO LITTLE"
+    full = "" if disk <= free else ": TOO LITTLE"
     free_last_model()
     have, rows = memory.free_memory(), min(s.rows, s.chunk * s.samples)
     capacity = min(c.context, prompt + s.sampling.max_new_tokens)

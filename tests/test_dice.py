@@ -21,7 +21,7 @@ import model as models
 from data import files, jsonl, options, plots, report, runs, tiny
 from data.files import InputError
 from data.options import TINIEST
-from data.processes import batches
+from data.processes import batches, share
 from model import Config
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "real"
@@ -414,6 +414,8 @@ def test_batches_hold_every_item_once_within_the_budget():
         assert all(n <= 2000 or len(group) == 1 for n, group in zip(tokens, groups))
         for group, following in zip(groups, groups[1:]):  # the next item would be too much
             assert ((len(group) + 1) * group[0] if padded else sum(group) + following[0]) > 2000
+    items = [[0] * n for n in sizes]  # a training step is not padded
+    assert [group for group, _ in share(items, 2000)] == batches(items, 2000, padded=False)
 
 # ------------------------------------------------------------------------------------- alpha
 LENGTHS = np.array([[100, 400, 250, 50], [300, 120, 80, 500], [60, 90, 700, 200]], dtype=float)

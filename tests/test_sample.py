@@ -122,7 +122,7 @@ def test_alpacaeval_form_in_the_order_of_the_file(capsys, tmp_path, tiny_model, 
     code, out, told = run(capsys, "--model", tiny_model, "--prompts", prompts, "--output", output,
                           "--max-new-tokens", 12, "--rows", 2)
     answers = json.loads(output.read_text())
-    assert (code, out) == (0, "") and told.endswith(": 4 answers, 4 of them cut by --max-new-tokens\n")
+    assert (code, out) == (0, "") and told.endswith(": 4 answers, 4 of them cut by the length limit\n")
     assert [a["instruction"] for a in answers] == [" Name three\ncolours. ", "Grüße?", "Grüße?", "Hi"]
     assert {a["generator"] for a in answers} == {tiny_model}
     assert [a.get("dataset") for a in answers] == ["helpful", None, None, None]
